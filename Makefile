@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs: Python >= 3.10, a C++20 compiler and make are enough to start with.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PATH := $(abspath $(BIN)):$(PATH)
+NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp')
+SOURCES := csrc kernels pytorch_ext bench
+
+.PHONY: demo test bench smoke lint format wheel asan clean
+
+demo: $(VENV)/.demo
+	gapless demo $(ARGS)
+
+test: $(VENV)/.dev build/native/build.ninja
+	cmake --build build/native
+	ctest --test-dir build/native --output-on-failure
+	python -m pytest $(ARGS)
+
+bench: $(VENV)/.dev
+	python -m pytest bench $(ARGS)
+
+smoke: $(VENV)/.dev
+	python -m pytest bench --benchmark-disable $(ARGS)
+
+lint: $(VENV)/.dev
+	ruff check
+	ruff format --check
+	clang-format --dry-run -Werror $(CPP)
+	./.ci/house-rules
+	rm -rf build/typed && python setup.py -q build_py --build-lib build/typed
+	MYPYPATH=build/typed mypy
+
+format: $(VENV)/.dev
+	ruff check --fix
+	ruff format
+	clang-format -i $(CPP)
+
+# A wheel carries kernels for every CPU of its architecture: they are chosen at run time.
+wheel: $(VENV)/.torch
+	rm -rf build/lib.* build/bdist.* dist
+	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+
+# Everything that crosses into C++ once more, under the address and undefined-behaviour sanitizers.
+asan: $(VENV)/.dev
+	cmake -S . -B build/asan -G Ninja -DGAPLESS_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/asan
+	ctest --test-dir build/asan --output-on-failure
+	rm -rf build/lib.* build/bdist.* build/asan-site
+	GAPLESS_SANITIZE=ON $(PIP) install --no-build-isolation --no-deps --target build/asan-site .
+	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/asan-site \
+	python -m pytest $(or $(ARGS),tests/test_plan_varlen.py tests/test_fuzz.py)
+
+clean:
+	rm -rf build dist report *.egg-info pytorch_ext/*.so
+	find $(SOURCES) tests -name __pycache__ -prune -exec rm -rf {} +
+
+build/native/build.ninja: | $(VENV)/.torch
+	cmake -S . -B build/native -G Ninja
+
+# Stamps. Build tools and torch come first, so that the build can run beside them with no isolation.
+$(VENV)/.torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "setuptools>=77" wheel "pybind11>=3" "cmake>=3.24" ninja "$(TORCH)"
+	touch $@
+
+$(VENV)/.%: $(VENV)/.torch $(NATIVE)
+	$(PIP) install --no-build-isolation -e ".[$*]"
+	touch $@

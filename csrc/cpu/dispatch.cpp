@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "csrc/cpu/kernels.h"
+
+#ifdef GAPLESS_HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace gapless::cpu {
+
+#define GAPLESS_TABLE(ISA)                                               \
+    namespace ISA {                                                      \
+    void varlen_forward(const VarlenParams&, const ForwardItem&);        \
+    void varlen_merge(const VarlenParams&, const MergeItem&);            \
+    const Kernels table{#ISA, varlen_forward, varlen_merge};             \
+    }
+
+GAPLESS_TABLE(baseline)
+#ifdef GAPLESS_HAVE_AVX2
+GAPLESS_TABLE(avx2)
+#endif
+#ifdef GAPLESS_HAVE_AVX512
+GAPLESS_TABLE(avx512)
+#endif
+#ifdef GAPLESS_HAVE_AMX
+GAPLESS_TABLE(amx)
+#endif
+
+namespace {
+
+enum Level { kBaseline, kAvx2, kAvx512, kAmx };
+
+/// Tile registers exist, and the kernel lets this process use them (it wants to be asked, once).
+bool amx_usable() {
+#ifdef GAPLESS_HAVE_AMX
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a, b, c, d;
+    asm volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+    const bool tiles = (d >> 24 & 1) && (d >> 22 & 1);
+    asm volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
+    const bool bf16 = a >> 5 & 1;
+    return tiles && bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+Level machine_level() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const auto has = [](bool f, bool b, bool d, bool v) { return f && b && d && v; };
+    const bool avx512 = has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
+                            __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"));
+    const bool avx2 = has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("bmi2"), __builtin_cpu_supports("fma"),
+                          __builtin_cpu_supports("f16c"));
+    if (avx512 && avx2) return amx_usable() ? kAmx : kAvx512;
+    if (avx2) return kAvx2;
+#endif
+    return kBaseline;
+}
+
+Level capped(Level level) {
+    const auto cap = [&](const char* variable, std::initializer_list<const char*> names) {
+        const char* value = std::getenv(variable);
+        if (!value || !*value) return;
+        int at = 0;
+        for (const char* name : names) {
+            if (std::strcmp(value, name) == 0) {
+                if (at < level) level = static_cast<Level>(at);
+                return;
+            }
+            ++at;
+        }
+        if (std::strcmp(variable, "GAPLESS_ISA") == 0)
+            throw std::runtime_error(std::string("GAPLESS_ISA is \"") + value +
+                                     "\": it has to be baseline, avx2, avx512 or amx");
+    };
+    cap("GAPLESS_ISA", {"baseline", "avx2", "avx512", "amx"});
+    cap("ATEN_CPU_CAPABILITY", {"default", "avx2", "avx512"});
+    return level;
+}
+
+const Kernels& choose() {
+    switch (capped(machine_level())) {
+#ifdef GAPLESS_HAVE_AMX
+        case kAmx: return amx::table;
+#endif
+#ifdef GAPLESS_HAVE_AVX512
+        case kAvx512: return avx512::table;
+#endif
+#ifdef GAPLESS_HAVE_AVX2
+        case kAvx2: return avx2::table;
+#endif
+        default: return baseline::table;
+    }
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();
+    return chosen;
+}
+
+}  // namespace gapless::cpu

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one matrix multiplication that every kernel is made of: C[m][lane] (+)= sum_k A(m, k) * B[k][lane].
+// B and C are rows of vectors; A is read one scalar at a time and broadcast, so any strides will do and nothing has to be
+// transposed. Blocks of C stay in registers for the whole sum.
+#pragma once
+
+#include "csrc/cpu/simd.h"
+
+namespace gapless::cpu::GAPLESS_ISA {
+namespace {
+
+/// What C holds before the sum is added: nothing, itself, or itself times one factor per lane.
+enum class Init { kZero, kAdd, kScale };
+
+template <class T>
+struct Gemm {
+    const T* a;
+    int64_t a_row, a_col;  // strides of m and k
+    const T* b;
+    int64_t b_row;
+    T* c;
+    int64_t c_row;
+    int64_t depth;         // number of k
+    const T* lane_factor;  // for Init::kScale
+};
+
+template <class T, int kRows, int kVecs, Init kInit>
+GAPLESS_INLINE void register_block(const Gemm<T>& g, const T* a, const T* b, T* c, const T* factor) {
+    constexpr int w = kLanes<T>;
+    Vec<T> acc[kRows][kVecs];
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < kVecs; ++n) {
+            if constexpr (kInit == Init::kZero) acc[m][n] = Vec<T>{};
+            if constexpr (kInit == Init::kAdd) acc[m][n] = load(c + m * g.c_row + n * w);
+            if constexpr (kInit == Init::kScale) acc[m][n] = load(c + m * g.c_row + n * w) * load(factor + n * w);
+        }
+    for (int64_t k = 0; k < g.depth; ++k, a += g.a_col, b += g.b_row) {
+        Vec<T> row[kVecs];
+#pragma GCC unroll 4
+        for (int n = 0; n < kVecs; ++n) row[n] = load(b + n * w);
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m) {
+            const Vec<T> s = splat(a[m * g.a_row]);
+#pragma GCC unroll 4
+            for (int n = 0; n < kVecs; ++n) acc[m][n] += s * row[n];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < kVecs; ++n) store(c + m * g.c_row + n * w, acc[m][n]);
+}
+
+template <class T, int kRows, int kVecs, Init kInit>
+void column(const Gemm<T>& g, int64_t rows, int64_t vec) {
+    constexpr int w = kLanes<T>;
+    const T* b = g.b + vec * w;
+    const T* factor = kInit == Init::kScale ? g.lane_factor + vec * w : nullptr;
+    int64_t m = 0;
+    const auto block = [&]<int kBlock>() __attribute__((always_inline)) {
+        register_block<T, kBlock, kVecs, kInit>(g, g.a + m * g.a_row, b, g.c + m * g.c_row + vec * w, factor);
+        m += kBlock;
+    };
+    while (rows - m >= kRows) block.template operator()<kRows>();
+    if constexpr (kRows > 8)
+        if (rows - m >= 8) block.template operator()<8>();
+    if constexpr (kRows > 4)
+        if (rows - m >= 4) block.template operator()<4>();
+    if (rows - m >= 2) block.template operator()<2>();
+    if (rows - m >= 1) block.template operator()<1>();
+}
+
+// Accumulators + one row of B + the broadcast have to fit the register file: 32 registers with AVX-512, 16 before.
+#if defined(__AVX512F__)
+constexpr int kMaxVecs = 4;
+constexpr int kBlockRows[kMaxVecs + 1] = {0, 14, 12, 8, 6};
+#else
+constexpr int kMaxVecs = 2;
+constexpr int kBlockRows[kMaxVecs + 1] = {0, 8, 6};
+#endif
+
+/// C over `rows` x `vecs` vectors. Widths that kMaxVecs does not divide are split as evenly as can be.
+template <Init kInit, class T>
+void gemm(const Gemm<T>& g, int64_t rows, int64_t vecs) {
+    for (int64_t vec = 0; vec < vecs;) {
+        const int64_t left = vecs - vec, columns = (left + kMaxVecs - 1) / kMaxVecs;
+        const int64_t width = (left + columns - 1) / columns;
+        if constexpr (kMaxVecs >= 4)
+            if (width == 4) column<T, kBlockRows[kMaxVecs], 4, kInit>(g, rows, vec);
+        if constexpr (kMaxVecs >= 3)
+            if (width == 3) column<T, kBlockRows[3 <= kMaxVecs ? 3 : 0], 3, kInit>(g, rows, vec);
+        if (width == 2) column<T, kBlockRows[2], 2, kInit>(g, rows, vec);
+        if (width == 1) column<T, kBlockRows[1], 1, kInit>(g, rows, vec);
+        vec += width;
+    }
+}
+
+}  // namespace
+}  // namespace gapless::cpu::GAPLESS_ISA

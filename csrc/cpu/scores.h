@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// From dot products to scores: softcap, ALiBi and the mask, in units of log2, for a strip of rows in its lanes.
+#pragma once
+
+#include "csrc/cpu/panels.h"
+
+namespace gapless::cpu::GAPLESS_ISA {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+/// What the dot products are multiplied by while the queries are packed.
+inline double query_factor(const VarlenParams& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e; }
+
+/// Per-lane facts of a strip of rows.
+template <class T>
+struct Lanes {
+    using I = typename IntOf<T>::type;
+    I *begin, *end, *position;  // keys seen are [begin, end)
+    T* slope;                   // of ALiBi, times log2(e)
+
+    template <class Carver>
+    void carve(Carver& c, int64_t rows) {
+        begin = c.template take<I>(rows), end = c.template take<I>(rows), position = c.template take<I>(rows);
+        slope = c.template take<T>(rows);
+    }
+
+    void fill(const VarlenParams& p, const RowMap& map, int64_t sequence, int64_t kv_head, int64_t row, int64_t rows) {
+        for (int64_t i = 0; i < rows; ++i) {
+            begin[i] = I(map.begin(row + i)), end[i] = I(map.end(row + i)), position[i] = I(map.position(row + i));
+            const int64_t head = kv_head * map.group + (row + i) % map.group;
+            slope[i] = p.alibi_slopes ? T(p.alibi_slopes[sequence * p.alibi_batch_stride + head] * kLog2e) : T(0);
+        }
+        for (int64_t i = rows; i < padded<T>(rows); ++i) begin[i] = end[i] = position[i] = 0, slope[i] = 0;
+    }
+};
+
+/// Scores of key `key` against one vector of rows, from their scaled dot products. `*tangent` is tanh, if there is a cap.
+template <class T>
+GAPLESS_INLINE Vec<T> modify_score(Vec<T> s, const Lanes<T>& lanes, int64_t lane, int64_t key, T cap, Vec<T>* tangent) {
+    if (cap > 0) {
+        *tangent = vtanh(s);
+        s = *tangent * T(cap * kLog2e);
+    }
+    const Vec<T> distance = __builtin_convertvector(load(lanes.position + lane) - typename Lanes<T>::I(key), Vec<T>);
+    return s - load(lanes.slope + lane) * (distance < 0 ? -distance : distance);
+}
+
+template <class T>
+GAPLESS_INLINE IVec<T> sees(const Lanes<T>& lanes, int64_t lane, int64_t key) {
+    const auto k = typename Lanes<T>::I(key);
+    return (load(lanes.begin + lane) <= k) & (load(lanes.end + lane) > k);
+}
+
+}  // namespace
+}  // namespace gapless::cpu::GAPLESS_ISA

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cpu/varlen.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "csrc/cpu/kernels.h"
+
+namespace gapless::cpu {
+namespace {
+
+// A tile of few rows over many keys is cut along its keys, so that one long sequence still feeds every thread. The
+// limits are part of the result's bits and so depend on nothing but the tile.
+constexpr int64_t kSplitRows = 64, kSplitKeys = 1024;
+
+void check(bool fine, const char* what, int64_t at, int64_t value, const std::string& wanted) {
+    if (!fine)
+        throw std::runtime_error(std::string(what) + "[" + std::to_string(at) + "] is " + std::to_string(value) +
+                                 ": it has to be " + wanted);
+}
+
+void check_lengths(const int32_t* cu, const char* name, int64_t batch, int64_t total) {
+    check(cu[0] == 0, name, 0, cu[0], "0");
+    for (int64_t i = 1; i <= batch; ++i) check(cu[i] >= cu[i - 1], name, i, cu[i], "at least " + std::to_string(cu[i - 1]));
+    check(cu[batch] <= total, name, batch, cu[batch], "at most the number of tokens, " + std::to_string(total));
+}
+
+void check_tiles(const int32_t* tiles, const char* name, int64_t count, int64_t batch, const int32_t* cu) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t s = tiles[3 * i], begin = tiles[3 * i + 1], end = tiles[3 * i + 2];
+        if (s == -1) continue;
+        check(s >= 0 && s < batch, name, 3 * i, s, "-1 or below the batch size, " + std::to_string(batch));
+        const int64_t length = cu[s + 1] - cu[s];
+        check(begin >= 0 && begin <= end, name, 3 * i + 1, begin, "between 0 and the tile's end");
+        check(end <= length, name, 3 * i + 2, end, "at most the sequence's length, " + std::to_string(length));
+    }
+}
+
+int64_t key_length(const VarlenParams& p, int64_t s) {
+    return p.seqused_k ? p.seqused_k[s] : p.cu_seqlens_k[s + 1] - p.cu_seqlens_k[s];
+}
+
+/// Keys that some row of a query tile sees.
+std::pair<int64_t, int64_t> tile_keys(const VarlenParams& p, const int32_t* tile) {
+    const int64_t keys = key_length(p, tile[0]);
+    const int64_t shift = keys - (p.cu_seqlens_q[tile[0] + 1] - p.cu_seqlens_q[tile[0]]);
+    const int64_t begin = p.left < 0 ? 0 : std::max<int64_t>(0, tile[1] + shift - p.left);
+    const int64_t end = p.right < 0 ? keys : std::min<int64_t>(keys, tile[2] + shift + p.right);
+    return {begin, std::max(begin, end)};
+}
+
+/// Runs body(0), ..., body(count - 1), each once, handed out in this order to whichever thread is free.
+template <class Body>
+void in_order(int64_t count, const OnEveryThread& threads, const Body& body) {
+    if (count == 1) return body(0);
+    if (count == 0) return;
+    std::atomic<int64_t> next{0};
+    threads([&] {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+    });
+}
+
+}  // namespace
+
+void check_varlen(const VarlenParams& p, const VarlenSizes& n) {
+    check_lengths(p.cu_seqlens_q, "cu_seqlens_q", n.batch, n.total_q);
+    if (!p.block_table) check_lengths(p.cu_seqlens_k, "cu_seqlens_k", n.batch, n.total_k);
+    if (p.seqused_k)
+        for (int64_t i = 0; i < n.batch; ++i) {
+            const int64_t room = p.block_table ? p.max_pages * p.page_size : p.cu_seqlens_k[i + 1] - p.cu_seqlens_k[i];
+            check(p.seqused_k[i] >= 0 && p.seqused_k[i] <= room, "seqused_k", i, p.seqused_k[i],
+                  "from 0 to the sequence's room, " + std::to_string(room));
+        }
+    if (p.block_table)
+        for (int64_t i = 0; i < n.batch; ++i)
+            for (int64_t j = 0; j * p.page_size < p.seqused_k[i]; ++j) {
+                const int32_t page = p.block_table[i * p.max_pages + j];
+                check(page >= 0 && page < n.pages, "block_table", i * p.max_pages + j, page,
+                      "below the number of pages, " + std::to_string(n.pages));
+            }
+    check_tiles(p.tiles, "query_tiles", n.query_tiles, n.batch, p.cu_seqlens_q);
+}
+
+void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEveryThread& threads) {
+    struct Part {
+        int32_t tile, begin, end;
+        int64_t partial;  // offset in rows for kv head 0, or -1
+    };
+    struct Merge {
+        int32_t tile;
+        int64_t partial, parts;
+    };
+    std::vector<Part> parts;
+    std::vector<Merge> merges;
+    parts.reserve(sizes.query_tiles);
+    const int64_t group = p.heads / p.kv_heads;
+    int64_t partial_rows = 0;
+    for (int64_t t = 0; t < sizes.query_tiles; ++t) {
+        const int32_t* tile = p.tiles + 3 * t;
+        if (tile[0] < 0 || tile[1] == tile[2]) continue;
+        const auto [begin, end] = tile_keys(p, tile);
+        const int64_t rows = (tile[2] - tile[1]) * group, count = (end - begin + kSplitKeys - 1) / kSplitKeys;
+        if (rows > kSplitRows || count < 2) {
+            parts.push_back({int32_t(t), 0, int32_t(end), -1});
+            continue;
+        }
+        merges.push_back({int32_t(t), partial_rows, count});
+        for (int64_t i = 0; i < count; ++i) {
+            // The first part begins at key 0, which marks it as the one that counts the sink.
+            const int64_t from = i == 0 ? 0 : begin + i * kSplitKeys, to = std::min(end, begin + (i + 1) * kSplitKeys);
+            parts.push_back({int32_t(t), int32_t(from), int32_t(to), partial_rows});
+            partial_rows += rows;
+        }
+    }
+    const int64_t row_bytes = (p.dim_v + 2) * (p.dtype == DType::kFloat64 ? 8 : 4);
+    const std::unique_ptr<char[]> partials(partial_rows ? new char[partial_rows * p.kv_heads * row_bytes] : nullptr);
+    const auto address = [&](int64_t row, int64_t kv_head) {
+        return partials.get() + (kv_head * partial_rows + row) * row_bytes;
+    };
+    const Kernels& k = kernels();
+    in_order(int64_t(parts.size()) * p.kv_heads, threads, [&](int64_t i) {
+        const Part& part = parts[i / p.kv_heads];
+        const int32_t head = int32_t(i % p.kv_heads);
+        k.varlen_forward(p, {part.tile, head, part.begin, part.end, part.partial < 0 ? nullptr : address(part.partial, head)});
+    });
+    in_order(int64_t(merges.size()) * p.kv_heads, threads, [&](int64_t i) {
+        const Merge& merge = merges[i / p.kv_heads];
+        const int32_t head = int32_t(i % p.kv_heads);
+        k.varlen_merge(p, {merge.tile, head, address(merge.partial, head), merge.parts});
+    });
+}
+
+}  // namespace gapless::cpu

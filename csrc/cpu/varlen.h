@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// Varlen attention on the CPU: checks the plan, cuts it into work items and runs them. Knows no torch.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "csrc/common/varlen_params.h"
+
+namespace gapless::cpu {
+
+/// Calls its argument once on each thread of some pool, and waits.
+using OnEveryThread = std::function<void(const std::function<void()>&)>;
+
+/// Sizes that the plan's numbers are checked against; kernels trust them afterwards.
+struct VarlenSizes {
+    int64_t batch, total_q, total_k, query_tiles, key_tiles, pages;
+};
+
+/// Throws std::runtime_error if the plan, the lengths or the pages point outside of the tensors.
+void check_varlen(const VarlenParams& p, const VarlenSizes& sizes);
+
+void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEveryThread& threads);
+
+}  // namespace gapless::cpu

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which keys a row sees, and how a strip of rows splits a range of keys into pieces that whole vectors of rows share.
+#pragma once
+
+#include "csrc/cpu/simd.h"
+
+namespace gapless::cpu::GAPLESS_ISA {
+namespace {
+
+GAPLESS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+GAPLESS_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/// Rows of one kv head of one sequence. The query heads that share the head are rows of their own, beside each other, so
+/// that a row's position never decreases: row = query * group + head in group.
+struct RowMap {
+    int64_t group, len_q, len_k;
+    int32_t left, right;
+
+    int64_t position(int64_t row) const { return row / group + len_k - len_q; }
+    /// First key seen, and one past the last; empty where end <= begin. Neither ever decreases with the row.
+    int64_t begin(int64_t row) const { return left < 0 ? 0 : most(0, position(row) - left); }
+    int64_t end(int64_t row) const { return right < 0 ? len_k : most(0, least(len_k, position(row) + right + 1)); }
+};
+
+/// Keys [begin, end) and the vectors of rows [vec_begin, vec_end) that see some of them.
+struct Segment {
+    int64_t begin, end;
+    int vec_begin, vec_end;
+    bool partial;  ///< some row does not see some key
+};
+
+// Shorter pieces would leave the matrix multiplication's register blocks half empty.
+constexpr int64_t kSegmentKeys = 16;
+
+/// What each vector of rows of a strip sees, and the pieces of a tile of keys that follow from it.
+template <class T, int kMaxVecs>
+struct StripView {
+    static constexpr int kMaxSegments = 2 * kMaxVecs + 2;
+    int vecs;
+    int64_t first_begin[kMaxVecs], last_begin[kMaxVecs];  // over the rows of a vector
+    int64_t first_end[kMaxVecs], last_end[kMaxVecs];
+
+    StripView(const RowMap& map, int64_t row, int64_t rows) : vecs(int((rows + kLanes<T> - 1) / kLanes<T>)) {
+        for (int v = 0; v < vecs; ++v) {
+            const int64_t first = row + v * kLanes<T>, last = row + least(rows, (v + 1) * kLanes<T>) - 1;
+            first_begin[v] = map.begin(first), last_begin[v] = map.begin(last);
+            first_end[v] = map.end(first), last_end[v] = map.end(last);
+        }
+    }
+    int64_t begin() const { return first_begin[0]; }
+    int64_t end() const { return last_end[vecs - 1]; }
+
+    int split(int64_t from, int64_t to, Segment* out) const {
+        from = most(from, begin()), to = least(to, end());
+        int count = 0;
+        while (from < to) {
+            int a = 0, b = vecs;
+            while (a < b && last_end[a] <= from) ++a;
+            int64_t next = to;
+            for (int v = a; v < vecs; ++v) {
+                if (last_end[v] > from) next = least(next, last_end[v]);
+                if (first_begin[v] > from) next = least(next, first_begin[v]);
+            }
+            next = least(to, most(next, from + kSegmentKeys));
+            while (b > a && first_begin[b - 1] >= next) --b;
+            if (a < b) {
+                bool partial = false;
+                for (int v = a; v < b; ++v) partial |= from < last_begin[v] || next > first_end[v];
+                out[count++] = {from, next, a, b, partial};
+            }
+            from = next;
+        }
+        return count;
+    }
+};
+
+}  // namespace
+}  // namespace gapless::cpu::GAPLESS_ISA

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handles of the raw operators. They are private: they check memory safety only and have no gradient."""
+
+import torch
+
+from gapless import _C  # noqa: F401  (its import registers the operators)
+
+varlen_attention_fwd = torch.ops.gapless.varlen_attention_fwd.default
+varlen_attention_bwd = torch.ops.gapless.varlen_attention_bwd.default
+cpu_isa = torch.ops.gapless.cpu_isa.default

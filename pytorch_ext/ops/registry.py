@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fakes of every raw operator, and the Triton twins, whose schemas are the native operators' own."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapless import _native  # noqa: F401  (the twins need the native schemas)
+from gapless.plan.varlen import BLOCKS, VarlenPlan
+
+_library = torch.library.Library("gapless", "FRAGMENT")
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _fwd_fake(q, k, v, plan, seqused_k, block_table, alibi_slopes, sinks, score, window):
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
+    return out, q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q))
+
+
+def _bwd_fake(dout, dlse, q, k, v, out, lse, plan, alibi_slopes, sinks, score, window):
+    dsinks = q.new_empty(0 if sinks is None else sinks.shape[0], dtype=(q if sinks is None else sinks).dtype)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+torch.library.register_fake("gapless::varlen_attention_fwd", _fwd_fake, lib=_library)
+torch.library.register_fake("gapless::varlen_attention_bwd", _bwd_fake, lib=_library)
+
+
+# Planning inside a compiled graph, where Python cannot see the lengths.
+
+_library.define(
+    "varlen_plan(Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt total_q, SymInt? total_k, int[] window)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _varlen_plan(cu_seqlens_q, cu_seqlens_k, total_q, total_k, window):
+    plan = VarlenPlan.make(
+        cu_seqlens_q, cu_seqlens_k, window=tuple(window), total_q=total_q, total_k=total_k
+    )
+    return tuple(t.clone() for t in plan.tensors)
+
+
+def _varlen_plan_fake(cu_seqlens_q, cu_seqlens_k, total_q, total_k, window):
+    block_q, block_k = BLOCKS["cuda" if cu_seqlens_q.device.type == "cuda" else "cpu"]
+    batch = cu_seqlens_q.shape[0] - 1
+    keys = total_q if cu_seqlens_k is None else total_k
+    cu = cu_seqlens_q.new_empty(batch + 1, dtype=torch.int32)
+    tiles = [
+        cu.new_empty(batch + total // block, 3) for total, block in ((total_q, block_q), (keys, block_k))
+    ]
+    return cu, torch.empty_like(cu), *tiles
+
+
+_library.impl("varlen_plan", _varlen_plan, "CompositeExplicitAutograd")
+torch.library.register_fake("gapless::varlen_plan", _varlen_plan_fake, lib=_library)
+varlen_plan = torch.ops.gapless.varlen_plan.default
+
+
+# Triton twins: opaque to the compiler, imported at their first use.
+
+
+def triton_unusable(device: torch.device) -> list[str]:
+    """Why Triton kernels cannot run on tensors of ``device``."""
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed: pip install triton"]
+    if device.type == "cuda":
+        return []
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        return []
+    return [f"it runs on CUDA tensors, not on {device.type} (TRITON_INTERPRET=1 emulates it, slowly)"]
+
+
+def _define_twin(name: str, fake: Any) -> None:
+    schema = getattr(torch.ops.gapless, name).default._schema
+    twin = str(schema).replace(f"gapless::{name}", f"{name}_triton", 1)
+    _library.define(twin)
+    torch.library.register_fake(f"gapless::{name}_triton", fake, lib=_library)
+
+    def run(*args):
+        from gapless.kernels import varlen_attention
+
+        return getattr(varlen_attention, name)(*args)
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(f"{name}_triton", run, key)
+
+
+_define_twin("varlen_attention_fwd", _fwd_fake)
+_define_twin("varlen_attention_bwd", _bwd_fake)
+varlen_attention_fwd_triton = torch.ops.gapless.varlen_attention_fwd_triton.default
+varlen_attention_bwd_triton = torch.ops.gapless.varlen_attention_bwd_triton.default
+
+
+# flash-attn, an optional peer.
+
+
+def flash_attn_unusable(device: torch.device) -> list[str]:
+    """Why flash-attn's kernels cannot run on tensors of ``device``."""
+    spec = importlib.util.find_spec("flash_attn")
+    if spec is None or getattr(spec, "gapless_shim", False):
+        return ["flash-attn is not installed"]
+    return [] if device.type == "cuda" else [f"it runs on CUDA tensors, not on {device.type}"]
+
+
+def flash_attn_varlen(x: Any, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, scale: float, window: tuple[int, int]):
+    """Run flash-attn's own varlen function on our arguments."""
+    from flash_attn import flash_attn_varlen_func
+
+    cu_q = cu_seqlens_q.int()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.int()
+    result = flash_attn_varlen_func(
+        x.q, x.k, x.v, cu_q, cu_k, int(cu_q.diff().max()), int(cu_k.diff().max()), softmax_scale=scale,
+        window_size=window, softcap=x.softcap, alibi_slopes=x.alibi_slopes, return_attn_probs=x.return_lse,
+    )
+    if not x.return_lse:
+        return result
+    out, lse, _ = result
+    return out, lse.masked_fill(lse == torch.inf, -torch.inf)  # flash-attn 2 gives +inf to empty rows

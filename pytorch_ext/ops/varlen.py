@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Variable-length packed attention: the public function, its checks, its choice of implementation, its gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gapless import _native
+from gapless.ops import registry
+from gapless.ops.impl import Impl, choose
+from gapless.plan.varlen import VarlenPlan, cache, mask_window
+from gapless.reference import varlen as reference
+
+MAX_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Inputs(NamedTuple):
+    """Everything that decides which implementation can run."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    seqused_k: Tensor | None
+    block_table: Tensor | None
+    softcap: float
+    needs_grad: bool
+    return_lse: bool
+
+
+def _native_reasons(x: Inputs) -> list[str]:
+    return [] if x.q.device.type == "cpu" else [f"it has no kernel for {x.q.device.type} tensors"]
+
+
+def _triton_reasons(x: Inputs) -> list[str]:
+    why = registry.triton_unusable(x.q.device)
+    if x.q.dtype == torch.float64:
+        why.append("it has no float64 kernels")
+    if x.needs_grad and x.alibi_slopes is not None:
+        why.append("it has no backward pass with alibi_slopes")
+    return why
+
+
+def _flash_attn_reasons(x: Inputs) -> list[str]:
+    why = registry.flash_attn_unusable(x.q.device)
+    if x.q.dtype not in (torch.float16, torch.bfloat16):
+        why.append(f"it takes float16 and bfloat16, not {x.q.dtype}")
+    if x.q.shape[-1] % 8 or x.q.shape[-1] != x.v.shape[-1]:
+        why.append("it needs equal head dims that are multiples of 8")
+    if x.sinks is not None:
+        why.append("it has no sinks")
+    if x.seqused_k is not None or x.block_table is not None:
+        why.append("its public varlen function has no seqused_k")
+    if x.return_lse and x.needs_grad:
+        why.append("its LSE has no gradient")
+    return why
+
+
+REASONS = {
+    "native": _native_reasons,
+    "triton": _triton_reasons,
+    "flash_attn": _flash_attn_reasons,
+    "reference": lambda x: [],
+}
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
+    plan: VarlenPlan | None = None,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a packed batch of sequences of different lengths, with no padding anywhere.
+
+    Query ``i`` of a sequence with ``len_q`` queries and ``len_k`` keys sits at key position ``p = i + len_k - len_q``
+    (bottom-right alignment, as in flash-attn). It scores key ``j`` with ``s = scale * q_i . k_j``, then
+    ``softcap * tanh(s / softcap)`` if ``softcap`` is set, then ``- slope * |p - j|`` with ALiBi.
+
+    Args:
+        q: queries, [tokens_q, heads, dim]; float32, bfloat16, float16 or float64.
+        k: keys, [tokens_k, kv_heads, dim], or pages [num_pages, page_size, kv_heads, dim] with ``block_table``.
+            ``heads`` is a multiple of ``kv_heads``: query head ``h`` reads kv head ``h // (heads / kv_heads)``.
+        v: values, as ``k`` with ``dim_v`` in place of ``dim``.
+        cu_seqlens_q: int32 or int64 [batch + 1], where each sequence begins, then the number of tokens.
+        cu_seqlens_k: the same for keys; None means that the keys' lengths are the queries' (or ``seqused_k`` with pages).
+        causal: a query sees no key to the right of its own position.
+        window: (left, right) keys seen beside the query's position, both inclusive; -1 is no limit (Mistral,
+            arXiv:2310.06825).
+        softcap: cap of the scores' size (Gemma 2, arXiv:2408.00118); 0 is none.
+        scale: factor of the scores; None is ``dim ** -0.5``.
+        alibi_slopes: float32 [heads] or [batch, heads] (ALiBi, arXiv:2108.12409); not differentiable.
+        sinks: [heads], a learnable score per head that joins the softmax with no value (gpt-oss, arXiv:2508.10925).
+        seqused_k: int32 [batch], how many of a sequence's keys are used; forward only.
+        block_table: int32 [batch, max_pages], the pages of each sequence; needs ``seqused_k``; forward only.
+        return_lse: also return the log-sum-exp of the scores.
+        plan: from :meth:`gapless.VarlenPlan.make`; None makes one, or finds the one made before for these tensors.
+        impl: ``auto`` takes the first implementation that can; a name takes that one or raises with its reasons.
+
+    Returns:
+        out [tokens_q, heads, dim_v] in q's dtype; with ``return_lse`` also LSE [heads, tokens_q], natural logarithm,
+        float32 (float64 for float64 inputs), which is differentiable too. A row that sees no key gives 0 and -inf
+        (the sink's score, if there is one) and has zero gradients.
+
+    Raises:
+        TypeError: a tensor of a dtype that is not taken.
+        ValueError: any other bad argument; the message names it, its value, and what would be right.
+    """
+    left, right = _check(
+        q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, seqused_k, block_table
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    needs_grad = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    )
+    if needs_grad and (seqused_k is not None or block_table is not None):
+        name = "seqused_k" if block_table is None else "block_table"
+        raise ValueError(f"{name} is for inference: call it under torch.no_grad() or with tensors that need no gradient")
+    inputs = Inputs(q, k, v, alibi_slopes, sinks, seqused_k, block_table, softcap, needs_grad, return_lse)
+    name = choose(impl, REASONS, inputs)
+    if name == "reference":
+        out, lse = reference.varlen_attention(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, window=(left, right), softcap=softcap, scale=scale,
+            alibi_slopes=alibi_slopes, sinks=sinks, seqused_k=seqused_k, block_table=block_table,
+        )
+        return (out, lse) if return_lse else out
+    if name == "flash_attn":
+        return registry.flash_attn_varlen(inputs, cu_seqlens_q, cu_seqlens_k, scale, (left, right))
+    tensors = _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, (left, right), plan)
+    score, bounds = [scale, float(softcap)], [left, right]
+    if needs_grad:
+        out, lse = _VarlenAttention.apply(q, k, v, alibi_slopes, sinks, score, bounds, name, *tensors)
+    else:
+        fwd = _native.varlen_attention_fwd if name == "native" else registry.varlen_attention_fwd_triton
+        out, lse = fwd(q, k, v, tensors, seqused_k, block_table, alibi_slopes, sinks, score, bounds)
+    return (out, lse) if return_lse else out
+
+
+class _VarlenAttention(torch.autograd.Function):
+    """Raw forward and backward operators, with the saved tensors between them."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, alibi_slopes, sinks, score, window, name, *plan):
+        fwd = _native.varlen_attention_fwd if name == "native" else registry.varlen_attention_fwd_triton
+        out, lse = fwd(q, k, v, list(plan), None, None, alibi_slopes, sinks, score, window)
+        ctx.save_for_backward(q, k, v, out, lse, alibi_slopes, sinks, *plan)
+        ctx.score, ctx.window, ctx.name = score, window, name
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, alibi_slopes, sinks, *plan = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        bwd = _native.varlen_attention_bwd if ctx.name == "native" else registry.varlen_attention_bwd_triton
+        dq, dk, dv, dsinks = bwd(
+            dout, dlse, q, k, v, out, lse, plan, alibi_slopes, sinks, ctx.score, ctx.window
+        )
+        return dq, dk, dv, None, None if sinks is None else dsinks, *[None] * (3 + len(plan))
+
+
+def _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, window, plan) -> list[Tensor]:
+    paged = block_table is not None
+    total_k = None if paged else k.shape[0]
+    if plan is not None:
+        batch = cu_seqlens_q.shape[0] - 1
+        if plan.batch != batch:
+            raise ValueError(f"plan is for {plan.batch} sequences, cu_seqlens_q has {batch}")
+        return plan.tensors
+    if paged:
+        cu_seqlens_k = None
+    elif cu_seqlens_k is None and q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"k has {k.shape[0]} tokens, q has {q.shape[0]}: give cu_seqlens_k where the lengths differ"
+        )
+    if torch.compiler.is_compiling():
+        return list(registry.varlen_plan(cu_seqlens_q, cu_seqlens_k, q.shape[0], total_k, list(window)))
+    made = cache.get(
+        cu_seqlens_q, cu_seqlens_k, window=window, total_q=q.shape[0],
+        total_k=q.shape[0] if paged or cu_seqlens_k is None else total_k,
+    )
+    return made.tensors
+
+
+def _check(q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, seqused_k, block_table):
+    """Everything that shapes and dtypes tell; returns the window with causal folded in."""
+    key_dims, key_shape = (3, "[tokens, kv_heads, dim]")
+    if block_table is not None:
+        key_dims, key_shape = (4, "[num_pages, page_size, kv_heads, dim]")
+    if q.dim() != 3:
+        raise ValueError(f"q has shape {list(q.shape)}: it has to be [tokens, heads, dim]")
+    for name, t in (("k", k), ("v", v)):
+        if t.dim() != key_dims:
+            raise ValueError(f"{name} has shape {list(t.shape)}: it has to be {key_shape}")
+        if t.dtype != q.dtype:
+            raise TypeError(f"{name} is {t.dtype}, q is {q.dtype}: they have to be the same")
+        if t.device != q.device:
+            raise ValueError(f"{name} is on {t.device}, q is on {q.device}: they have to be on one device")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q is {q.dtype}: it has to be float32, bfloat16, float16 or float64")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k has shape {list(k.shape)}, v has {list(v.shape)}: only the last may differ")
+    heads, kv_heads, dim, dim_v = q.shape[1], k.shape[-2], q.shape[2], v.shape[-1]
+    if k.shape[-1] != dim:
+        raise ValueError(f"k has head dim {k.shape[-1]}, q has {dim}: they have to be the same")
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads, k has {kv_heads}: the first has to be a multiple of the second")
+    if not (1 <= dim <= MAX_DIM and 1 <= dim_v <= MAX_DIM):
+        raise ValueError(f"head dims are {dim} (q, k) and {dim_v} (v): they have to be from 1 to {MAX_DIM}")
+    if len(window) != 2 or any(isinstance(w, float) or w < -1 for w in window):
+        raise ValueError(f"window is {tuple(window)}: it has to be (left, right), each -1 or at least 0")
+    if not (softcap >= 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap is {softcap}: it has to be 0 (none) or positive")
+    batch = cu_seqlens_q.shape[0] - 1
+    if alibi_slopes is not None:
+        if alibi_slopes.requires_grad:
+            raise ValueError("alibi_slopes requires a gradient: it has none; detach it")
+        _check_side("alibi_slopes", alibi_slopes, q, (torch.float32,), [[heads], [batch, heads]])
+    if sinks is not None:
+        _check_side("sinks", sinks, q, (torch.float32, q.dtype), [[heads]])
+    if seqused_k is not None:
+        _check_side("seqused_k", seqused_k, q, (torch.int32,), [[batch]])
+    if block_table is not None:
+        if seqused_k is None:
+            raise ValueError("block_table is given, seqused_k is not: pages need the length of each sequence")
+        _check_side("block_table", block_table, q, (torch.int32,), [[batch, block_table.shape[-1]]])
+    return mask_window(causal, (int(window[0]), int(window[1])))
+
+
+def _check_side(name: str, t: Tensor, q: Tensor, dtypes: tuple, shapes: list[list[int]]) -> None:
+    if t.dtype not in dtypes:
+        raise TypeError(f"{name} is {t.dtype}: it has to be {' or '.join(str(d) for d in dict.fromkeys(dtypes))}")
+    if list(t.shape) not in shapes:
+        raise ValueError(f"{name} has shape {list(t.shape)}: it has to be {' or '.join(map(str, shapes))}")
+    if t.device != q.device:
+        raise ValueError(f"{name} is on {t.device}, q is on {q.device}: they have to be on one device")
+
+
+def merge_attention(
+    outs: list[Tensor], lses: list[Tensor], *, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint sets of keys, from the results over each set.
+
+    Args:
+        outs: results, each [tokens, heads, dim].
+        lses: their log-sum-exps, each [heads, tokens]. A row of -inf saw no key and adds nothing.
+
+    Returns:
+        out [tokens, heads, dim], and with ``return_lse`` the LSE [heads, tokens] of the union. Differentiable.
+    """
+    if len(outs) != len(lses) or not outs:
+        raise ValueError(f"there are {len(outs)} outs and {len(lses)} lses: each out needs its lse, and at least one")
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.shape != outs[0].shape or lse.shape != (out.shape[1], out.shape[0]):
+            raise ValueError(
+                f"outs[{i}] has shape {list(out.shape)}, lses[{i}] has {list(lse.shape)}: they have to be "
+                "[tokens, heads, dim], the same for all, and [heads, tokens]"
+            )
+    out, lse = reference.merge_attention(outs, lses)
+    return (out, lse) if return_lse else out
