@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
 
+SHELL := /bin/bash
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -55,7 +56,7 @@ asan: $(VENV)/.dev
 	GAPLESS_SANITIZE=ON $(PIP) install --no-build-isolation --no-deps --target build/asan-site .
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/asan-site \
-	python -m pytest $(or $(ARGS),tests/test_plan_varlen.py tests/test_fuzz.py)
+	python -m pytest $(or $(ARGS),$(wildcard tests/test_plan*.py tests/test_fuzz*.py))
 
 clean:
 	rm -rf build dist report *.egg-info pytorch_ext/*.so

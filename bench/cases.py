@@ -215,7 +215,7 @@ def parse_lengths(text: str) -> Lengths:
             repeat = int(times) if cross else 1
             pair = (queries, int(keys) if keys else queries)
         except ValueError:
-            raise ValueError(f"lengths has {item!r}: an item has to be L, NxL or NxL:K, or text a file") from None
+            raise ValueError(f"lengths has {item!r}: an item has to be L, NxL or NxL:K") from None
         if min(*pair, repeat) < 0:
             raise ValueError(f"lengths has {item!r}: no number may be negative")
         found += [pair] * repeat

@@ -75,7 +75,7 @@ def _gapless(inputs: Inputs) -> Run:
     cu_q, cu_k = inputs.cu_seqlens_q, None if case.self_attention else inputs.cu_seqlens_k
     if case.paged:
         keys, values, used, table = inputs.pages
-        plan = VarlenPlan.make(cu_q, inputs.cu_seqlens_k, causal=case.causal)
+        plan = VarlenPlan.make(cu_q, causal=case.causal)
         return Run(
             lambda: [
                 varlen_attention(
@@ -167,6 +167,7 @@ def _sdpa_padded(inputs: Inputs) -> Run:
         dense = torch.zeros(len(n_q), 1, max(n_q), max(n_k), dtype=torch.bool, device=device)
         for i, (a, b) in enumerate(case.lengths):
             dense[i, 0, :a, :b] = visible(a, b, (-1, 0 if case.causal else -1), device)
+            dense[i, 0, a:, 0] = True  # a padding row that sees nothing would be NaN
         mask = {"attn_mask": dense}
 
     def unpad(x: Tensor, lengths: list[int]) -> Tensor:

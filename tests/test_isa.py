@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 
-import gapless
 import pytest
 import torch
+
+import gapless
 from gapless import _native
 from gapless.testing import assert_within_budget
 

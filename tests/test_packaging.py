@@ -9,8 +9,9 @@ import zipfile
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
-import gapless
 import pytest
+
+import gapless
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"pytorch_ext": "gapless", "kernels": "gapless.kernels", "bench": "gapless.bench"}
@@ -33,26 +34,16 @@ def run(code: str, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
+def packages_of(pattern: str) -> set[str]:
+    return {
+        ".".join([package, *path.parent.relative_to(ROOT / folder).parts])
+        for folder, package in PACKAGES.items()
+        for path in (ROOT / folder).rglob(pattern)
+    }
+
+
 def test_package_list_is_the_folders():
-    found = set()
-    for folder, package in PACKAGES.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            inside = path.parent.relative_to(ROOT / folder).parts
-            found.add(".".join([package, *inside]))
-    assert found == listed()[1]
-
-
-def test_every_package_has_an_init():
-    for package in listed()[1]:
-        folder, inside = max(
-            (
-                (f, package[len(p) :])
-                for f, p in PACKAGES.items()
-                if package == p or package.startswith(f"{p}.")
-            ),
-            key=lambda pair: -len(pair[1]),
-        )
-        assert (ROOT / folder / inside.strip(".").replace(".", "/") / "__init__.py").is_file(), package
+    assert packages_of("*.py") == packages_of("__init__.py") == listed()[1]
 
 
 def test_versions_agree():

@@ -4,15 +4,16 @@
 import gc
 import threading
 
-import gapless
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gapless
 from gapless import _planner
 from gapless.plan.varlen import PlanCache, mask_window
 from gapless.reference.varlen import visible
-from hypothesis import given
-from hypothesis import strategies as st
 
 lengths = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), max_size=12)
 blocks = st.integers(1, 40)

@@ -56,42 +56,60 @@ void copy_row(const E* from, T* to, int64_t width) {
     for (int64_t i = 0; i < width; i += kLanes<T>) store(to + i, load_row(from, i, width));
 }
 
-/// panel[i][lane] = factor * row(lane)[i] for lanes [0, rows), zeros for the rest of the last vector.
-/// `row` maps a lane to the first value of its row.
-template <class E, class Row, class T = typename Compute<E>::type>
-void transpose_rows(const Row& row, int64_t rows, int64_t width, T factor, T* panel, int64_t panel_row) {
+/// One square of transpose_rows: vectors of kLanes whole rows become the same columns of a panel.
+template <class E, class T>
+__attribute__((noinline)) void transpose_square(const E* const* rows, int64_t at, T factor, T* panel, int64_t panel_row) {
     constexpr int w = kLanes<T>;
-    for (int64_t lane = 0; lane < rows; lane += w) {
-        const E* from[w];
-        for (int i = 0; i < w; ++i) from[i] = row(least(lane + i, rows - 1));
-        for (int64_t at = 0; at < width; at += w) {
+    Vec<T> x[w];
+#pragma GCC unroll 16
+    for (int i = 0; i < w; ++i) x[i] = load_wide(rows[i] + at) * factor;
+    transpose<T>(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < w; ++i) store(panel + i * panel_row, x[i]);
+}
+
+/// panel[i][lane] = factor * rows[lane][i] for lanes [0, count), zeros for the rest of the last vector.
+template <class E, class T = typename Compute<E>::type>
+void transpose_rows(const E* const* rows, int64_t count, int64_t width, T factor, T* panel, int64_t panel_row) {
+    constexpr int w = kLanes<T>;
+    for (int64_t lane = 0; lane < count; lane += w) {
+        const int64_t whole = lane + w <= count ? width / w * w : 0;
+        for (int64_t at = 0; at < whole; at += w) transpose_square(rows + lane, at, factor, panel + at * panel_row + lane, panel_row);
+        for (int64_t at = whole; at < width; at += w) {
             Vec<T> x[w];
-#pragma GCC unroll 16
-            for (int i = 0; i < w; ++i) x[i] = lane + i < rows ? load_row(from[i], at, width) * factor : Vec<T>{};
+            for (int i = 0; i < w; ++i) x[i] = lane + i < count ? load_row(rows[lane + i], at, width) * factor : Vec<T>{};
             transpose<T>(x);
-            const int64_t count = least(w, width - at);
-#pragma GCC unroll 16
-            for (int i = 0; i < w; ++i)
-                if (i < count) store(panel + (at + i) * panel_row + lane, x[i]);
+            for (int i = 0; i < least(w, width - at); ++i) store(panel + (at + i) * panel_row + lane, x[i]);
         }
     }
 }
 
-/// row(lane)[i] = panel[i][lane] * factor[lane], rounded to memory's type.
-template <class E, class Row, class T = typename Compute<E>::type>
-void untranspose_rows(const T* panel, int64_t panel_row, const T* factor, const Row& row, int64_t rows, int64_t width) {
+/// One square of untranspose_rows.
+template <class E, class T>
+__attribute__((noinline)) void untranspose_square(const T* panel, int64_t panel_row, Vec<T> factor, E* const* rows, int64_t at) {
     constexpr int w = kLanes<T>;
-    for (int64_t lane = 0; lane < rows; lane += w) {
+    Vec<T> x[w];
+#pragma GCC unroll 16
+    for (int i = 0; i < w; ++i) x[i] = load(panel + i * panel_row) * factor;
+    transpose<T>(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < w; ++i) store_narrow(rows[i] + at, x[i]);
+}
+
+/// rows[lane][i] = panel[i][lane] * factor[lane], rounded to memory's type.
+template <class E, class T = typename Compute<E>::type>
+void untranspose_rows(const T* panel, int64_t panel_row, const T* factor, E* const* rows, int64_t count, int64_t width) {
+    constexpr int w = kLanes<T>;
+    for (int64_t lane = 0; lane < count; lane += w) {
         const Vec<T> scale = load(factor + lane);
-        for (int64_t at = 0; at < width; at += w) {
+        const int64_t whole = lane + w <= count ? width / w * w : 0;
+        for (int64_t at = 0; at < whole; at += w)
+            untranspose_square(panel + at * panel_row + lane, panel_row, scale, rows + lane, at);
+        for (int64_t at = whole; at < width; at += w) {
             Vec<T> x[w];
-            const int64_t count = least(w, width - at);
-#pragma GCC unroll 16
-            for (int i = 0; i < w; ++i) x[i] = i < count ? load(panel + (at + i) * panel_row + lane) * scale : Vec<T>{};
+            for (int i = 0; i < w; ++i) x[i] = at + i < width ? load(panel + (at + i) * panel_row + lane) * scale : Vec<T>{};
             transpose<T>(x);
-#pragma GCC unroll 16
-            for (int i = 0; i < w; ++i)
-                if (lane + i < rows) store_row(row(lane + i), at, width, x[i]);
+            for (int i = 0; i < least(w, count - lane); ++i) store_row(rows[lane + i], at, width, x[i]);
         }
     }
 }

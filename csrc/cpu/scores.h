@@ -26,10 +26,12 @@ struct Lanes {
     }
 
     void fill(const VarlenParams& p, const RowMap& map, int64_t sequence, int64_t kv_head, int64_t row, int64_t rows) {
+        const float* slopes = p.alibi_slopes ? p.alibi_slopes + sequence * p.alibi_batch_stride + kv_head * map.group : nullptr;
+        int64_t member = row % map.group, at = map.position(row);
         for (int64_t i = 0; i < rows; ++i) {
-            begin[i] = I(map.begin(row + i)), end[i] = I(map.end(row + i)), position[i] = I(map.position(row + i));
-            const int64_t head = kv_head * map.group + (row + i) % map.group;
-            slope[i] = p.alibi_slopes ? T(p.alibi_slopes[sequence * p.alibi_batch_stride + head] * kLog2e) : T(0);
+            begin[i] = I(map.begin_at(at)), end[i] = I(map.end_at(at)), position[i] = I(at);
+            slope[i] = slopes ? T(slopes[member] * kLog2e) : T(0);
+            if (++member == map.group) member = 0, ++at;
         }
         for (int64_t i = rows; i < padded<T>(rows); ++i) begin[i] = end[i] = position[i] = 0, slope[i] = 0;
     }

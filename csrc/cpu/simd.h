@@ -101,10 +101,11 @@ GAPLESS_INLINE V exp2_fraction(V f) {
 template <int kDegree = 5>
 GAPLESS_INLINE Vec<float> vexp2(Vec<float> x) {
 #if defined(__AVX512F__)
-    // -inf minus its rounding would be NaN; scalef flushes what is this small to 0.
-    __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)x);
-    __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (Vec<float>)_mm512_scalef_ps((__m512)exp2_fraction<kDegree>((Vec<float>)(clamped - whole)), whole);
+    // Lanes below the normal range are kept out of scalef: a subnormal result costs a microcode assist.
+    const __m512 low = _mm512_set1_ps(-126.0f), clamped = _mm512_max_ps(low, (__m512)x);
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, low, _CMP_NLT_UQ);
+    const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)exp2_fraction<kDegree>((Vec<float>)(clamped - whole)), whole);
 #else
     const Vec<float> low = splat(-126.0f);
     const Vec<float> clamped = x < low ? low : x;

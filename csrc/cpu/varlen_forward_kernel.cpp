@@ -47,6 +47,9 @@ class Forward {
     RowMap map;
 
     T *queries, *out, *top, *sum, *scores, *factor, *key_tile, *value_tile;
+    const E** query_rows;
+    E** out_rows;
+    T** lse_of_row;
     Lanes<T> lanes;
 
     void carve(Carver& c) {
@@ -57,6 +60,9 @@ class Forward {
         sum = c.take<T>(rows);
         factor = c.take<T>(kStripRows);
         scores = c.take<T>(kTileKeys * kStripRows);
+        query_rows = c.take<const E*>(rows);
+        out_rows = c.take<E*>(rows);
+        lse_of_row = c.take<T*>(rows);
         lanes.carve(c, rows);
         key_tile = c.take<T>(reads_in_place(p.k) ? 0 : kTileKeys * padded<T>(p.dim));
         value_tile = c.take<T>(reads_in_place(p.v) ? 0 : kTileKeys * padded<T>(p.dim_v));
@@ -69,12 +75,6 @@ class Forward {
         if (!p.block_table) return base + (first_key + key) * x.token_stride;
         const int64_t page = p.block_table[sequence * p.max_pages + key / p.page_size];
         return base + page * page_stride + key % p.page_size * x.token_stride;
-    }
-
-    template <class Ptr>
-    Ptr* query_row(const Packed& x, int64_t row) const {
-        return static_cast<Ptr*>(x.data) + (first_token + row / group) * x.token_stride +
-               (item.kv_head * group + row % group) * x.head_stride;
     }
 
     /// Keys [from, to) as rows that the matrix multiplication can read, and their stride.
@@ -106,18 +106,24 @@ class Forward {
     }
 
     void start(int64_t row, int64_t rows) {
+        int64_t token = first_token + map.query(row), member = row % group;
+        for (int64_t i = 0; i < rows; ++i) {
+            const int64_t head = item.kv_head * group + member;
+            query_rows[i] = static_cast<const E*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
+            out_rows[i] = static_cast<E*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride;
+            lse_of_row[i] = static_cast<T*>(p.lse) + head * p.total_q + token;
+            // The sink is one more score, of a key without a value. Of several parts of the keys, the first has it.
+            const bool sink = p.sinks && item.key_begin == 0;
+            top[i] = sink ? T(p.sinks[head] * kLog2e) : -kInfinity<T>;
+            sum[i] = sink ? 1 : 0;
+            if (++member == group) member = 0, ++token;
+        }
+        for (int64_t i = rows; i < padded<T>(rows); ++i) top[i] = -kInfinity<T>, sum[i] = 0;
         for (int64_t at = 0; at < rows; at += kStripRows) {
             const int64_t count = least(kStripRows, rows - at);
-            transpose_rows<E>([&](int64_t lane) { return query_row<const E>(p.q, row + at + lane); }, count, p.dim,
-                              T(query_factor(p)), queries + at * p.dim, padded<T>(count));
+            transpose_rows(query_rows + at, count, p.dim, T(query_factor(p)), queries + at * p.dim, padded<T>(count));
         }
         std::memset(out, 0, padded<T>(rows) * p.dim_v * sizeof(T));
-        // The sink is one more score, of a key without a value. Of several parts of the keys, the first has it.
-        const bool sink = p.sinks && item.key_begin == 0;
-        for (int64_t i = 0; i < padded<T>(rows); ++i) {
-            top[i] = sink && i < rows ? T(p.sinks[item.kv_head * group + (row + i) % group] * kLog2e) : -kInfinity<T>;
-            sum[i] = sink ? 1 : 0;
-        }
     }
 
     void strip(int64_t row, int64_t at, int64_t rows, int64_t from, int64_t to, const T* keys, int64_t key_stride,
@@ -150,8 +156,9 @@ class Forward {
             store(top + at + v * w, new_top[v]);
             part[v] = load(sum + at + v * w) * f;
         }
-        const bool whole = count == 1 && segments[0].vec_begin == 0 && segments[0].vec_end == view.vecs;
-        if (!whole)
+        // The first segment's product rescales what is there, if it has every vector; else that takes a round of its own.
+        const bool fused = segments[0].vec_begin == 0 && segments[0].vec_end == view.vecs;
+        if (!fused)
             for (int64_t i = 0; i < p.dim_v; ++i)
                 for (int v = 0; v < view.vecs; ++v)
                     store(o + i * width + v * w, load(o + i * width + v * w) * load(factor + v * w));
@@ -163,7 +170,7 @@ class Forward {
             });
             const Gemm<T> g{values + (s.begin - from) * value_stride, 1, value_stride, block, width, o + s.vec_begin * w,
                             width, s.end - s.begin, factor + s.vec_begin * w};
-            if (whole)
+            if (fused && i == 0)
                 gemm<Init::kScale>(g, p.dim_v, s.vec_end - s.vec_begin);
             else
                 gemm<Init::kAdd>(g, p.dim_v, s.vec_end - s.vec_begin);
@@ -235,11 +242,8 @@ class Forward {
             const Vec<T> l = (load(top + at + i) + vlog2(s)) * T(kLn2);
             store(lse + i, s == T(0) ? splat(-kInfinity<T>) : l);
         }
-        untranspose_rows<E>(o, width, factor, [&](int64_t lane) { return query_row<E>(p.out, row + at + lane); }, rows, p.dim_v);
-        for (int64_t i = 0; i < rows; ++i) {
-            const int64_t r = row + at + i;
-            static_cast<T*>(p.lse)[(item.kv_head * group + r % group) * p.total_q + first_token + r / group] = lse[i];
-        }
+        untranspose_rows(o, width, factor, out_rows + at, rows, p.dim_v);
+        for (int64_t i = 0; i < rows; ++i) *lse_of_row[at + i] = lse[i];
     }
 
     void keep_partial(int64_t row, int64_t at, int64_t rows) const {

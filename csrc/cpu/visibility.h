@@ -16,10 +16,13 @@ struct RowMap {
     int64_t group, len_q, len_k;
     int32_t left, right;
 
-    int64_t position(int64_t row) const { return row / group + len_k - len_q; }
+    int64_t query(int64_t row) const { return group == 1 ? row : row / group; }
+    int64_t position(int64_t row) const { return query(row) + len_k - len_q; }
     /// First key seen, and one past the last; empty where end <= begin. Neither ever decreases with the row.
-    int64_t begin(int64_t row) const { return left < 0 ? 0 : most(0, position(row) - left); }
-    int64_t end(int64_t row) const { return right < 0 ? len_k : most(0, least(len_k, position(row) + right + 1)); }
+    int64_t begin(int64_t row) const { return begin_at(position(row)); }
+    int64_t end(int64_t row) const { return end_at(position(row)); }
+    int64_t begin_at(int64_t position) const { return left < 0 ? 0 : most(0, position - left); }
+    int64_t end_at(int64_t position) const { return right < 0 ? len_k : most(0, least(len_k, position + right + 1)); }
 };
 
 /// Keys [begin, end) and the vectors of rows [vec_begin, vec_end) that see some of them.

@@ -54,12 +54,25 @@ def nested_attention(
     offsets_q, offsets_k, offsets_v = (t.offsets() for t in (nt_q, nt_k, nt_v))
     if offsets_v is not offsets_k and not torch.equal(offsets_v, offsets_k):
         lengths = [offsets.diff().tolist() for offsets in (offsets_k, offsets_v)]
-        raise ValueError(f"the lengths of nt_k are {lengths[0]}, those of nt_v are {lengths[1]}: they have to be equal")
+        raise ValueError(
+            f"the lengths of nt_k are {lengths[0]}, those of nt_v are {lengths[1]}: they have to be equal"
+        )
     result = varlen_attention(
-        nt_q.values(), nt_k.values(), nt_v.values(), offsets_q, None if offsets_k is offsets_q else offsets_k,
-        causal=causal, window=window, softcap=softcap, scale=scale, alibi_slopes=alibi_slopes, sinks=sinks,
-        return_lse=return_lse, plan=plan, impl=impl,
-    )  # fmt: skip
+        nt_q.values(),
+        nt_k.values(),
+        nt_v.values(),
+        offsets_q,
+        None if offsets_k is offsets_q else offsets_k,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        return_lse=return_lse,
+        plan=plan,
+        impl=impl,
+    )
     out = _nest(result[0] if return_lse else result, nt_q)
     if transposed:
         out = out.transpose(1, 2)
@@ -68,7 +81,9 @@ def nested_attention(
 
 def _jagged_dim(name: str, t: Tensor) -> int:
     if not t.is_nested or t.layout != torch.jagged:
-        raise TypeError(f"{name} is {'nested' if t.is_nested else 'dense'}, {t.layout}: it has to be a jagged nested tensor")
+        raise TypeError(
+            f"{name} is {'nested' if t.is_nested else 'dense'}, {t.layout}: it has to be a jagged nested tensor"
+        )
     if t.dim() != 4:
         raise ValueError(f"{name} has {t.dim()} dims: it has to be [batch, jagged, heads, dim]")
     if t.lengths() is not None:

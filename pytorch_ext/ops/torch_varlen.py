@@ -58,7 +58,14 @@ def varlen_attn(
     if heads != kv_heads and not enable_gqa:
         raise ValueError(f"query has {heads} heads, key has {kv_heads}: fewer kv heads need enable_gqa=True")
     return varlen_attention(
-        query, key, value, cu_seq_q, None if cu_seq_k is cu_seq_q else cu_seq_k,
-        window=tuple(window_size), scale=scale, seqused_k=None if seqused_k is None else seqused_k.int(),
-        block_table=block_table, return_lse=return_aux is not None and return_aux.lse,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        cu_seq_q,
+        None if cu_seq_k is cu_seq_q else cu_seq_k,
+        window=tuple(window_size),
+        scale=scale,
+        seqused_k=None if seqused_k is None else seqused_k.int(),
+        block_table=block_table,
+        return_lse=return_aux is not None and return_aux.lse,
+    )

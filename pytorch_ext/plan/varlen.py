@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ class VarlenPlan:
 
     def to(self, device: torch.device | str) -> VarlenPlan:
         """The same plan with its tensors on ``device``."""
-        moved = (t.to(device, non_blocking=True) for t in self.tensors)
-        return VarlenPlan(*moved, self.block_q, self.block_k)
+        cu_q, cu_k, query, key = (t.to(device, non_blocking=True) for t in self.tensors)
+        return VarlenPlan(cu_q, cu_k, query, key, self.block_q, self.block_k)
 
     @staticmethod
     def make(
@@ -145,19 +146,21 @@ class PlanCache:
     ) -> VarlenPlan:
         """What :meth:`VarlenPlan.make` gives for these arguments, made once for each batch."""
         inputs = [cu_seqlens_q] if cu_seqlens_k is None else [cu_seqlens_q, cu_seqlens_k]
-        how = {"window": window, "total_q": total_q, "total_k": total_k}
+        make = partial(
+            VarlenPlan.make, cu_seqlens_q, cu_seqlens_k, window=window, total_q=total_q, total_k=total_k
+        )
         if any(t.is_inference() for t in inputs):
-            return VarlenPlan.make(cu_seqlens_q, cu_seqlens_k, **how)
+            return make()
         key = (*map(id, inputs), window, total_q, total_k)
         versions = [t._version for t in inputs]
         with self._lock:
-            found = self._plans.get(key)
-            # An id can be taken over by a new tensor: the weak references tell.
-            same = found and all(ref() is t for ref, t in zip(found[0], inputs, strict=True))
-            if same and found[1] == versions:
-                self._plans.move_to_end(key)
-                return found[2]
-        plan = VarlenPlan.make(cu_seqlens_q, cu_seqlens_k, **how)
+            if found := self._plans.get(key):
+                refs, made_from, plan = found
+                # An id can be taken over by a new tensor: the weak references tell.
+                if made_from == versions and all(r() is t for r, t in zip(refs, inputs, strict=True)):
+                    self._plans.move_to_end(key)
+                    return plan
+        plan = make()
         with self._lock:
             self._plans[key] = ([weakref.ref(t) for t in inputs], versions, plan)
             self._plans.move_to_end(key)

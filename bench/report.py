@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table from measured rows, or from the JSON that ``gapless bench`` or pytest-benchmark wrote.
+
+``python -m gapless.bench.report FILE`` prints it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gapless.bench.machine import machine_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def derive(rows: list[dict]) -> list[dict]:
+    """Rows with the columns that follow from the measured ones.
+
+    ``gflops``: useful rate. ``share_of_sgemm`` and, where keys are paged, ``share_of_bandwidth``: of the rates measured
+    in the same run. ``ratio``: how many times faster than the fastest peer of the same case.
+    """
+    best: dict[str, float] = {}
+    for row in rows:
+        if row["peer"] and row["seconds"]:
+            best[row["case"]] = min(best.get(row["case"], float("inf")), row["seconds"])
+    derived = []
+    for row in rows:
+        seconds = row["seconds"]
+        rate = row["flops"] / seconds if seconds else None
+        sgemm, reads = row["sgemm_flops_per_second"], row["read_bytes_per_second"]
+        derived.append(
+            row
+            | {
+                "gflops": rate / 1e9 if rate else None,
+                "share_of_sgemm": rate / sgemm if rate and sgemm else None,
+                "share_of_bandwidth": row["key_bytes"] / seconds / reads if seconds and reads else None,
+                "ratio": best[row["case"]] / seconds if seconds and row["case"] in best else None,
+            }
+        )
+    return derived
+
+
+def load(path: Path) -> dict:
+    """{"machine", "rows", "skipped"} from a file of ours or of pytest-benchmark."""
+    data = json.loads(path.read_text())
+    if "benchmarks" in data:
+        found = [b["extra_info"] | {"seconds": b["stats"]["median"]} for b in data["benchmarks"]]
+        rows = [{k: v for k, v in row.items() if k != "machine"} for row in found]
+        machine = found[0]["machine"] if found else None
+        return {"machine": machine, "rows": derive(rows), "skipped": []}
+    return data
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "not timed"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} us"
+    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def columns(rows: list[dict]) -> dict[str, list[str]]:
+    """Head and cells of each column of the table; columns that are empty for all rows are left out."""
+    mebibytes = [None if r["extra_bytes"] is None else r["extra_bytes"] / 2**20 for r in rows]
+    made = {
+        "implementation": [r["impl"] for r in rows],
+        "median": [_time(r["seconds"]) for r in rows],
+        "GFLOP/s": [_cell(r["gflops"], ".1f") for r in rows],
+        "sgemm": [_cell(r["share_of_sgemm"], ".0%") for r in rows],
+        "read": [_cell(r["share_of_bandwidth"], ".0%") for r in rows],
+        "MiB": [_cell(m, ".1f") for m in mebibytes],
+        "x peer": [_cell(r["ratio"], ".2f") for r in rows],
+        "budget": ["" if r["check"] == "ok" else "over" for r in rows],
+    }
+    return {head: texts for head, texts in made.items() if any(texts)}
+
+
+def table(rows: list[dict]) -> Table:
+    """A rich table; each case is a heading over its implementations, gapless in bold."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False)
+    shown = columns(rows)
+    for i, head in enumerate(shown):
+        made.add_column(head, justify="right" if i else "left", no_wrap=True)
+    last = None
+    for row, *texts in zip(rows, *shown.values(), strict=True):
+        if last != row["case"]:
+            made.add_row(row["case"], style="cyan")
+            last = row["case"]
+        made.add_row("  " + texts[0], *texts[1:], style=None if row["peer"] else "bold")
+    return made
+
+
+def show(data: dict, console: Console) -> None:
+    """The table, who was left out and why, and the machine line."""
+    console.print(table(data["rows"]))
+    reasons: dict[tuple[str, str], int] = {}
+    for row in data["skipped"]:
+        key = (row["impl"], "; ".join(row["why"]))
+        reasons[key] = reasons.get(key, 0) + 1
+    for impl, why in reasons:
+        console.print(f"without {impl}: {why}", style="dim", highlight=False, markup=False)
+    for row in data["rows"]:
+        if row["check"] != "ok":
+            console.print(f"{row['case']}, {row['impl']}: {row['check']}", style="yellow", highlight=False, markup=False)
+    if data["machine"]:
+        console.print(machine_line(data["machine"]), style="dim", highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    from rich.console import Console
+
+    show(load(Path(sys.argv[1])), Console())

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``gapless`` command: what can run here, how fast it is, and what it is good for."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as missing:
+    sys.exit(f"the gapless command needs {missing.name}: pip install 'gapless[cli]'")
+
+ISAS = ("baseline", "avx2", "avx512", "amx")
+
+app = typer.Typer(help="Kernels for transformers that compute no gaps.", no_args_is_help=True, add_completion=False)
+bench_app = typer.Typer(help="Time an operator against its peers.", no_args_is_help=True)
+demo_app = typer.Typer(help="The operators at work on real input.", invoke_without_command=True)
+app.add_typer(bench_app, name="bench")
+app.add_typer(demo_app, name="demo")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+
+
+@contextmanager
+def _plain_errors():
+    """Bad values as one line and exit status 2, in place of a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+# info
+
+
+def _implementations() -> list[dict]:
+    """Of each operator on each device: which implementations take a plain bfloat16 batch with gradients, or why not."""
+    from gapless.ops.varlen import REASONS, Inputs
+
+    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    rows = []
+    for device in devices:
+        x = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=device)
+        inputs = Inputs(
+            x, x, x, alibi_slopes=None, sinks=None, seqused_k=None, block_table=None, softcap=0.0, needs_grad=True,
+            return_lse=False,
+        )
+        for impl, unsupported in REASONS.items():
+            rows.append({"op": "varlen_attention", "device": device, "impl": impl, "why_not": unsupported(inputs)})
+    return rows
+
+
+def _versions() -> dict[str, str | None]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    names = ("gapless", "torch", "triton", "flash-attn", "transformers", "numpy")
+    return {"python": sys.version.split()[0]} | {name: installed(name) for name in names}
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Versions, instruction sets, devices, and which implementations can run here."""
+    from gapless.bench.machine import machine, machine_line
+
+    about = machine()
+    found = {"versions": _versions(), "machine": about, "implementations": _implementations()}
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console = Console()
+    console.print(machine_line(about), highlight=False, markup=False)
+    versions = ", ".join(f"{name} {text or 'absent'}" for name, text in found["versions"].items())
+    console.print(versions, highlight=False, markup=False)
+    table = Table("operator", "device", "implementation", "usable", box=None, pad_edge=False)
+    for row in found["implementations"]:
+        usable = "yes" if not row["why_not"] else "no: " + "; ".join(row["why_not"])
+        table.add_row(row["op"], row["device"], row["impl"], usable)
+    console.print(table)
+
+
+# bench
+
+
+def _run_again_under(isa: str) -> None:
+    """Kernels are picked once in a process: start anew with the ISA in the environment."""
+    if isa not in ISAS:
+        raise ValueError(f"isa is {isa!r}: it has to be one of {', '.join(ISAS)}")
+    if os.environ.get("GAPLESS_ISA") != isa:
+        os.environ["GAPLESS_ISA"] = isa
+        os.execv(sys.executable, [sys.executable, "-m", "gapless.cli", *sys.argv[1:]])
+
+
+@bench_app.command()
+def varlen(
+    case: Annotated[list[str] | None, typer.Option(help="Workload R, M, S, U, L, D or T; may be repeated.")] = None,
+    lengths: Annotated[
+        list[str] | None,
+        typer.Option(help="Own workload: items L, NxL or NxL:KEYS with commas between, or a file of them."),
+    ] = None,
+    heads: int = 8,
+    kv_heads: Annotated[list[int] | None, typer.Option(help="May be repeated. [default: 8]")] = None,
+    dim: Annotated[list[int] | None, typer.Option(help="Of a head; may be repeated. [default: 64]")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="May be repeated. [default: float32]")] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="fwd or fwd_bwd; may be repeated. [fwd]")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every query sees every key; the default is causal.")] = False,
+    paged: Annotated[bool, typer.Option("--paged", help="Own workload with keys in pages.")] = False,
+    impl: Annotated[
+        list[str] | None, typer.Option(help="A peer's name, or module:function to add your own; may be repeated.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Of torch; 0 is torch's own choice.", min=0)] = 0,
+    device: str = "cpu",
+    rounds: Annotated[int, typer.Option(help="Most samples of each implementation.", min=1)] = 50,
+    seconds: Annotated[float, typer.Option(help="Time for the samples of one case.", min=0)] = 10.0,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too, each in a process of its own.")] = True,
+    isa: Annotated[str | None, typer.Option(help=f"Most of gapless's instruction sets: {', '.join(ISAS)}.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time varlen attention against its peers: the result is checked first, then all take turns."""
+    from gapless.bench import cases, measure, peers, report
+    from gapless.bench.machine import machine
+
+    sys.path.insert(0, "")  # a user's module may be in the working directory
+    with _plain_errors():
+        if isa is not None:
+            _run_again_under(isa)
+        chosen = [cases.workload(name) for name in case or ([] if lengths else ["R", "M", "S"])]
+        chosen += [cases.Case(text, cases.parse_lengths(text), paged=paged) for text in lengths or []]
+        chosen = [
+            cases.with_options(
+                c, heads=heads, kv_heads=kv, dim=d, dtype=t, direction=way, causal=not full, device=device
+            )
+            for c in chosen for kv in kv_heads or [8] for d in dim or [64]
+            for t in dtype or ["float32"] for way in direction or ["fwd"]
+        ]
+        for c in chosen:
+            peers.select(impl, c)
+    if threads:
+        torch.set_num_threads(threads)
+    data: dict = {"machine": machine(), "rows": [], "skipped": []}
+    console = Console(stderr=True)
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for c in chosen:
+            rows, skipped = measure.measure(
+                c, impl, rounds=rounds, seconds=seconds, with_memory=memory,
+                tell=lambda text, c=c: progress.update(task, description=f"{c.label}: {text}"),  # type: ignore[misc]
+            )
+            data["rows"] += rows
+            data["skipped"] += skipped
+            progress.advance(task)
+    data["rows"] = report.derive(data["rows"])
+    if out is not None:
+        out.write_text(json.dumps(data, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        report.show(data, Console())
+    if any(not row["peer"] and row["check"] != "ok" for row in data["rows"]):
+        raise typer.Exit(1)
+
+
+@bench_app.command("report")
+def bench_report(file: Annotated[Path, typer.Argument(help="JSON of `gapless bench` or pytest-benchmark.")]) -> None:
+    """Show results that were written before."""
+    from gapless.bench import report
+
+    if not file.is_file():
+        raise typer.BadParameter(f"{file} is not a file")
+    report.show(report.load(file), Console())
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} {task.description}", markup=False),
+        TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+    )
+
+
+# demo
+
+Steps = Annotated[int, typer.Option(help="Training steps; 0 takes as many as the time allows.", min=0)]
+Out = Annotated[Path, typer.Option(help="Folder of the report.")]
+Seconds = Annotated[float, typer.Option(help="Time for all of it, roughly.", min=1)]
+Threads = Annotated[int, typer.Option(help="Of torch; 0 is torch's own choice.", min=0)]
+
+
+@demo_app.callback()
+def demo(
+    context: typer.Context, steps: Steps = 0, out: Out = Path("report"), seconds: Seconds = 240.0, threads: Threads = 0
+) -> None:
+    """The operators at work on real input; with no name of a demo, `pack`."""
+    if context.invoked_subcommand is None:
+        pack(steps, out, seconds, threads)
+
+
+@demo_app.command()
+def pack(
+    steps: Steps = 0, out: Out = Path("report"), seconds: Seconds = 240.0, threads: Threads = 0
+) -> None:
+    """Train a small Llama on source files twice, padded with torch's SDPA and packed with gapless."""
+    try:
+        from gapless.demo import pack as demo_pack
+    except ImportError as missing:
+        console = Console(stderr=True)
+        console.print(f"the demo needs {missing.name}: pip install 'gapless[demo]'", markup=False, highlight=False)
+        raise typer.Exit(1) from None
+    demo_pack.run(steps=steps, out=out, seconds=seconds, threads=threads)
+
+
+if __name__ == "__main__":
+    app(prog_name="gapless")

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests and the benchmarks share: the error budget, factories of inputs, oracles. Needs no test runner."""
+
+from gapless.testing.budget import assert_within_budget
+from gapless.testing.paging import Pages, scatter_pages
+from gapless.testing.varlen import Batch, Results, assert_results, attend, make_batch, oracle_and_witness
+
+__all__ = [
+    "Batch",
+    "Pages",
+    "Results",
+    "assert_results",
+    "assert_within_budget",
+    "attend",
+    "make_batch",
+    "oracle_and_witness",
+    "scatter_pages",
+]
