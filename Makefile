@@ -49,11 +49,10 @@ wheel: $(VENV)/.torch
 
 # Everything that crosses into C++ once more, under the address and undefined-behaviour sanitizers.
 asan: $(VENV)/.dev
-	cmake -S . -B build/asan -G Ninja -DGAPLESS_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
-	cmake --build build/asan
-	ctest --test-dir build/asan --output-on-failure
 	rm -rf build/lib.* build/bdist.* build/asan-site
-	GAPLESS_SANITIZE=ON $(PIP) install --no-build-isolation --no-deps --target build/asan-site .
+	GAPLESS_SANITIZE=ON GAPLESS_BUILD_TYPE=RelWithDebInfo CMAKE_ARGS=-DGAPLESS_TESTS=ON \
+	$(PIP) install --no-build-isolation --no-deps --target build/asan-site .
+	ctest --test-dir $$(echo build/cmake-*-asan) --output-on-failure
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/asan-site \
 	python -m pytest $(or $(ARGS),$(wildcard tests/test_plan*.py tests/test_fuzz*.py))

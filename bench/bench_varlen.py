@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Varlen attention under pytest-benchmark: every implementation on every case, the result checked first.
 
-``pytest bench/bench_varlen.py --benchmark-disable`` shows in seconds that all of them run and are right. ``--full`` takes
-the real workloads; ``--benchmark-json FILE`` and ``python -m gapless.bench.report FILE`` give the table. Timings are not
+``pytest bench/bench_varlen.py --benchmark-disable`` shows in seconds that all of them run and are right. ``--full``
+takes the real workloads; ``--benchmark-json FILE`` and ``gapless bench report FILE`` give the table. Timings are not
 interleaved here: compare implementations with ``gapless bench varlen``, and runs of one of them with this.
 """
 
@@ -13,13 +13,12 @@ from collections.abc import Iterator
 import pytest
 
 from gapless.bench import cases, peers
-from gapless.bench.check import check
 from gapless.bench.machine import machine
-from gapless.bench.measure import describe, interleave, read, sgemm
+from gapless.bench.measure import checked, describe, interleave, read, sgemm
 
 
 def full_cases() -> Iterator[cases.Case]:
-    """The table of docs/benchmarking.md: every workload at both ratios of heads and both dims, then the other dtypes."""
+    """Every workload at both ratios of heads and both dims, then gradients and the other dtypes."""
     for name in cases.WORKLOADS:
         for kv_heads in (8, 2):
             for dim in (64, 128):
@@ -52,18 +51,9 @@ def rates() -> dict[str, float]:
 def test_varlen(benchmark, request, case: cases.Case, implementation: peers.Implementation) -> None:
     inputs = case.inputs()
     run = implementation.prepare(inputs)
-    if case.direction == "fwd":
-        out, grads, call = run.pack(run.infer()), None, run.infer
-    else:
-        outs, own_grads = run.train()
-        out, grads, call = run.pack(outs), run.pack_grads(own_grads), run.train
-    try:
-        check(inputs, out, grads)
-        verdict = "ok"
-    except AssertionError as error:
-        if not implementation.peer:
-            raise
-        verdict = str(error)  # how exact a peer is is its own affair; the table says so
+    verdict = checked(run, inputs)
+    # How exact a peer is is its own affair; the table says so.
+    assert implementation.peer or verdict == "ok", verdict
     benchmark.group = case.label
     if not benchmark.disabled:
         measured = request.getfixturevalue("rates")
@@ -77,4 +67,4 @@ def test_varlen(benchmark, request, case: cases.Case, implementation: peers.Impl
             "read_bytes_per_second": measured["read"] if case.paged else None,
             "machine": machine(),
         }
-    benchmark(call)
+    benchmark(run.call(case.direction))

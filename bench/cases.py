@@ -14,7 +14,12 @@ from torch import Tensor
 
 from gapless.bench import corpus
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 DIRECTIONS = ("fwd", "fwd_bwd")
 PAGE = 128  # keys in a page of a paged workload
 
@@ -48,14 +53,17 @@ class Case:
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction is {self.direction!r}: it has to be one of {', '.join(DIRECTIONS)}")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"heads is {self.heads}, kv_heads {self.kv_heads}: the first has to be a multiple")
+            raise ValueError(
+                f"heads is {self.heads}, kv_heads {self.kv_heads}: the first has to be a multiple"
+            )
         if not 1 <= self.dim <= 256:
             raise ValueError(f"dim is {self.dim}: it has to be from 1 to 256")
 
     @property
     def label(self) -> str:
         mask = "causal" if self.causal else "full"
-        return f"{self.name} h{self.heads}/{self.kv_heads} d{self.dim} {self.dtype} {mask} {self.direction}"
+        dtype = self.dtype.replace("float", "fp").replace("bfp", "bf")
+        return f"{self.name} h{self.heads}/{self.kv_heads} d{self.dim} {dtype} {mask} {self.direction}"
 
     @property
     def self_attention(self) -> bool:
@@ -226,4 +234,4 @@ def parse_lengths(text: str) -> Lengths:
 
 def with_options(case: Case, **options: object) -> Case:
     """``case`` with those options that are not None."""
-    return replace(case, **{name: value for name, value in options.items() if value is not None})  # type: ignore[arg-type]
+    return replace(case, **{name: value for name, value in options.items() if value is not None})

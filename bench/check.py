@@ -74,7 +74,8 @@ def check(inputs: Inputs, out: Tensor, grads: tuple[Tensor, Tensor, Tensor] | No
                 results[2:] = [g[own:] for g in results[2:]]
         samples.append((actual, oracle, witness))
     # One budget for each tensor, as everywhere: a short sequence alone may have a gradient of exactly zero.
-    for parts in zip(*(zip(*sample, strict=True) for sample in samples), strict=True):
+    tensors_of_samples = zip(*(zip(*sample, strict=True) for sample in samples), strict=True)
+    for name, parts in zip(("out", "dq", "dk", "dv"), tensors_of_samples, strict=False):
         actual_rows, oracle_rows, witness_rows = (torch.cat(rows) for rows in zip(*parts, strict=True))
         if actual_rows.numel():
-            assert_within_budget(actual_rows, oracle_rows, witness_rows)
+            assert_within_budget(actual_rows, oracle_rows, witness_rows, name=name)

@@ -3,4 +3,6 @@
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="every workload, instead of a small case of each kind")
+    parser.addoption(
+        "--full", action="store_true", help="every workload, instead of a small case of each kind"
+    )

@@ -57,7 +57,7 @@ def machine_line(about: dict[str, str | int | None]) -> str:
     """:func:`machine` in one line."""
     gpu = f", {about['gpu']}" if about["gpu"] else ""
     revision = f" ({about['revision']})" if about["revision"] else ""
-    return (
-        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads{gpu}; gapless {about['gapless']}{revision} "
-        f"with {about['isa']}, torch {about['torch']} with {about['torch_isa']}; {about['date']}"
-    )
+    gapless = f"gapless {about['gapless']}{revision} with {about['isa']}"
+    pytorch = f"torch {about['torch']} with {about['torch_isa']}"
+    threads = f"{about['cores']} cores, {about['threads']} threads"
+    return f"{about['cpu']}, {threads}{gpu}; {gapless}, {pytorch}; {about['date']}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gapless.bench import memory, peers
-from gapless.bench.cases import Case
+from gapless.bench.cases import Case, Inputs
 from gapless.bench.check import check
 
 SGEMM = 2048  # rows and columns of the matrices whose product gives the sgemm rate
@@ -100,9 +100,9 @@ def read(nbytes: int, device: str = "cpu") -> tuple[Callable[[], object], int]:
     return lambda: torch.dot(a, b), 2 * a.nbytes
 
 
-def _checked(run: peers.Run, inputs, direction: str) -> str:
+def checked(run: peers.Run, inputs: Inputs) -> str:
     """``ok``, or in what the result is wrong."""
-    with_grads = direction == "fwd_bwd"
+    with_grads = inputs.case.direction == "fwd_bwd"
     outs, grads = run.train() if with_grads else (run.infer(), ())
     try:
         check(inputs, run.pack(outs), run.pack_grads(grads) if with_grads else None)
@@ -134,7 +134,7 @@ def measure(
         tell(f"checking {name}")
         try:
             run = implementation.prepare(inputs)
-            verdicts[name] = _checked(run, inputs, case.direction)
+            verdicts[name] = checked(run, inputs)
         except Exception as error:  # a peer that breaks must not take the table with it
             if not implementation.peer:
                 raise
@@ -143,15 +143,15 @@ def measure(
         if implementation.peer or verdicts[name] == "ok":
             runs[name] = run
     tell("timing " + ", ".join(runs))
-    calls: dict[str, Callable[[], object]] = {
-        name: run.infer if case.direction == "fwd" else run.train for name, run in runs.items()
-    }
+    calls = {name: run.call(case.direction) for name, run in runs.items()}
     anchors = {"sgemm": sgemm(case.device)}
     if case.paged:
         anchors["read"] = read(case.key_bytes, case.device)
     timed = interleave(
         calls | {f"/{name}": anchor[0] for name, anchor in anchors.items()},
-        rounds=rounds, seconds=seconds, device=case.device,
+        rounds=rounds,
+        seconds=seconds,
+        device=case.device,
     )
     rates = {name: work / timed[f"/{name}"].median for name, (_, work) in anchors.items()}
     rows = []

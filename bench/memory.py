@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of one call beyond its inputs and results, measured in a process that has done nothing else.
 
-Linux keeps the highest resident size of a process and lets it be reset (``/proc/self/clear_refs``); the process first runs
-a small case, so that libraries and thread pools are there, and gives freed memory back before it counts.
+Linux keeps the highest resident size of a process and lets it be reset (``/proc/self/clear_refs``); the process first
+runs a small case, so that libraries and thread pools are there, and gives freed memory back before it counts.
 """
 
 from __future__ import annotations
@@ -43,16 +43,14 @@ def peak() -> int:
 
 def _one_call(case: Case, implementation: peers.Implementation) -> int:
     run = implementation.prepare(case.inputs())
-    call = run.infer if case.direction == "fwd" else run.train
     cuda = case.device == "cuda"
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else reset_peak()
-    results = call()
+    outs, grads = (run.infer(), ()) if case.direction == "fwd" else run.train()
     highest = torch.cuda.max_memory_allocated() if cuda else peak()
-    groups = [results] if case.direction == "fwd" else results
-    returned = sum(t.untyped_storage().nbytes() for group in groups for t in group)
+    returned = sum(t.untyped_storage().nbytes() for t in (*outs, *grads))
     return max(0, highest - before - returned)
 
 

@@ -35,7 +35,7 @@ class Run:
     leaves: list[Tensor] = field(default_factory=list)
     douts: list[Tensor] = field(default_factory=list)
     pack: Callable[[Sequence[Tensor]], Tensor] = lambda outs: outs[0]
-    pack_grads: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor, Tensor]] = lambda grads: tuple(grads)  # type: ignore[assignment,return-value]
+    pack_grads: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor, Tensor]] = lambda grads: tuple(grads)
 
     def infer(self) -> list[Tensor]:
         with torch.no_grad():
@@ -44,6 +44,10 @@ class Run:
     def train(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         outs = self.forward()
         return outs, torch.autograd.grad(outs, self.leaves, self.douts)
+
+    def call(self, direction: str) -> Callable[[], object]:
+        """What is timed."""
+        return self.infer if direction == "fwd" else self.train
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,9 @@ def _gapless(inputs: Inputs) -> Run:
         )
     plan = VarlenPlan.make(cu_q, cu_k, causal=case.causal)
     return Run(
-        lambda: [varlen_attention(q, k, v, cu_q, cu_k, causal=case.causal, plan=plan)], [q, k, v], [inputs.dout]
+        lambda: [varlen_attention(q, k, v, cu_q, cu_k, causal=case.causal, plan=plan)],
+        [q, k, v],
+        [inputs.dout],
     )
 
 
@@ -125,7 +131,10 @@ def _sdpa_loop(inputs: Inputs) -> Run:
     masks = [_sdpa_mask(case, *pair) for pair in case.lengths]
 
     def forward() -> list[Tensor]:
-        parts = (_sequences(x, n) for x, n in zip((q, k, v), (inputs.lengths_q, *[inputs.lengths_k] * 2), strict=True))
+        parts = (
+            _sequences(x, n)
+            for x, n in zip((q, k, v), (inputs.lengths_q, *[inputs.lengths_k] * 2), strict=True)
+        )
         return [_unsequence(_attend(case, *parts, masks))]
 
     return Run(forward, [q, k, v], [inputs.dout])
@@ -143,16 +152,20 @@ def _sdpa_list(inputs: Inputs) -> Run:
     batch = len(masks)
 
     def pack_grads(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(_unsequence(grads[i : i + batch]) for i in range(0, 3 * batch, batch))  # type: ignore[return-value]
+        return tuple(_unsequence(grads[i : i + batch]) for i in range(0, 3 * batch, batch))
 
     return Run(
-        lambda: _attend(case, q, k, v, masks), [*q, *k, *v], [d.detach() for d in dout], _unsequence, pack_grads
+        lambda: _attend(case, q, k, v, masks),
+        [*q, *k, *v],
+        [d.detach() for d in dout],
+        _unsequence,
+        pack_grads,
     )
 
 
 def _pad(x: Tensor, lengths: list[int]) -> Tensor:
     """[batch, heads, longest, dim], transposed from [batch, longest, heads, dim] as a model's projections leave it."""
-    return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2)  # type: ignore[arg-type]
+    return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2)
 
 
 def _sdpa_padded(inputs: Inputs) -> Run:
@@ -162,7 +175,7 @@ def _sdpa_padded(inputs: Inputs) -> Run:
     mask: dict = {}
     if case.causal and case.self_attention:
         mask = {"is_causal": True}
-    elif len(set(case.lengths)) > 1 or case.causal and max(n_q) > 1:
+    elif len(set(case.lengths)) > 1 or (case.causal and max(n_q) > 1):
         device = torch.device(case.device)
         dense = torch.zeros(len(n_q), 1, max(n_q), max(n_k), dtype=torch.bool, device=device)
         for i, (a, b) in enumerate(case.lengths):
@@ -232,7 +245,11 @@ def document_block_mask(lengths: list[int], causal: bool, device: str, block: in
         return seen & (i >= j) if causal else seen
 
     return BlockMask.from_kv_blocks(
-        *listing(touched & ~inside), *listing(inside), BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(total, total)
+        *listing(touched & ~inside),
+        *listing(inside),
+        BLOCK_SIZE=block,
+        mask_mod=mask_mod,
+        seq_lengths=(total, total),
     )
 
 
@@ -349,7 +366,9 @@ def select(names: Sequence[str] | None, case: Case) -> tuple[list[Implementation
     chosen = [n for n in names or () if ":" not in n]
     for name in chosen:
         if name not in IMPLEMENTATIONS:
-            raise ValueError(f"impl is {name!r}: it has to be module:function or one of {', '.join(IMPLEMENTATIONS)}")
+            raise ValueError(
+                f"impl is {name!r}: it has to be module:function or one of {', '.join(IMPLEMENTATIONS)}"
+            )
     asked = [IMPLEMENTATIONS[n] for n in chosen] or list(IMPLEMENTATIONS.values())
     running, skipped = [], {}
     for implementation in asked + [from_path(p) for p in paths]:

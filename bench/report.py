@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One table from measured rows, or from the JSON that ``gapless bench`` or pytest-benchmark wrote.
 
-``python -m gapless.bench.report FILE`` prints it.
+``gapless bench report FILE`` prints it.
 """
 
 from __future__ import annotations
@@ -72,14 +72,13 @@ def columns(rows: list[dict]) -> dict[str, list[str]]:
     """Head and cells of each column of the table; columns that are empty for all rows are left out."""
     mebibytes = [None if r["extra_bytes"] is None else r["extra_bytes"] / 2**20 for r in rows]
     made = {
-        "implementation": [r["impl"] for r in rows],
+        "implementation": [r["impl"] + ("" if r["check"] == "ok" else " (over budget)") for r in rows],
         "median": [_time(r["seconds"]) for r in rows],
         "GFLOP/s": [_cell(r["gflops"], ".1f") for r in rows],
         "sgemm": [_cell(r["share_of_sgemm"], ".0%") for r in rows],
         "read": [_cell(r["share_of_bandwidth"], ".0%") for r in rows],
         "MiB": [_cell(m, ".1f") for m in mebibytes],
         "x peer": [_cell(r["ratio"], ".2f") for r in rows],
-        "budget": ["" if r["check"] == "ok" else "over" for r in rows],
     }
     return {head: texts for head, texts in made.items() if any(texts)}
 
@@ -112,7 +111,8 @@ def show(data: dict, console: Console) -> None:
         console.print(f"without {impl}: {why}", style="dim", highlight=False, markup=False)
     for row in data["rows"]:
         if row["check"] != "ok":
-            console.print(f"{row['case']}, {row['impl']}: {row['check']}", style="yellow", highlight=False, markup=False)
+            said = f"{row['case']}, {row['impl']}: {row['check']}"
+            console.print(said, style="yellow", highlight=False, markup=False)
     if data["machine"]:
         console.print(machine_line(data["machine"]), style="dim", highlight=False, markup=False)
 

@@ -14,7 +14,7 @@ PRECISION = tl.constexpr("ieee")
 
 @triton.jit
 def load_rows(pointers, inside, DIM: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
-    """[rows, BLOCK] from row pointers [rows]: zeros beyond DIM and where not ``inside`` ([rows], None is everywhere)."""
+    """[rows, BLOCK] from row pointers [rows]; zeros beyond DIM and where not ``inside`` (None is nowhere so)."""
     columns = tl.arange(0, BLOCK)
     at = pointers[:, None] + columns[None, :]
     if inside is not None:
@@ -41,7 +41,8 @@ def store_rows(pointers, inside, tile, DIM: tl.constexpr, BLOCK: tl.constexpr):
 def key_rows(base, keys, inside, pages, page_size, stride_page, stride_token):
     """Row pointers of the ``keys`` of a sequence: ``base`` is its first key, or page 0 where ``pages`` lists pages."""
     if pages is not None:
-        base += tl.load(pages + keys // page_size, mask=inside, other=0).to(tl.int64) * stride_page
+        # Where not inside, the page is undefined and so is the pointer: nothing is loaded from it.
+        base += tl.load(pages + keys // page_size, mask=inside).to(tl.int64) * stride_page
         keys = keys % page_size
     return base + keys.to(tl.int64) * stride_token
 

@@ -37,18 +37,24 @@ def _attend(
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < length if MASKED else None
-        kt = load_rows(key_rows(k, keys, inside, pages, page_size, k_page, k_token), inside, DIM, BLOCK_DIM, UPCAST)
+        kt = load_rows(
+            key_rows(k, keys, inside, pages, page_size, k_page, k_token), inside, DIM, BLOCK_DIM, UPCAST
+        )
         score = scaled(tl.dot(q, tl.trans(kt), input_precision=PRECISION), scale, softcap)
         score = biased(score, position[:, None], keys[None, :], slope) * LOG2E
         if MASKED:
-            score = tl.where(visible(position[:, None], keys[None, :], length, left, right), score, -float("inf"))
+            score = tl.where(
+                visible(position[:, None], keys[None, :], length, left, right), score, -float("inf")
+            )
         new_top = tl.maximum(top, tl.max(score, 1))
         # A row that has seen nothing yet has no finite top to subtract.
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top) if MASKED else new_top
-        p = tl.exp2(score - shift[:, None])
-        decay = tl.exp2(top - shift)
+        base = tl.where(new_top == -float("inf"), 0.0, new_top) if MASKED else new_top
+        p = tl.exp2(score - base[:, None])
+        decay = tl.exp2(top - base)
         total = total * decay + tl.sum(p, 1)
-        vt = load_rows(key_rows(v, keys, inside, pages, page_size, v_page, v_token), inside, DIM_V, BLOCK_DIM_V, UPCAST)
+        vt = load_rows(
+            key_rows(v, keys, inside, pages, page_size, v_page, v_token), inside, DIM_V, BLOCK_DIM_V, UPCAST
+        )
         acc = tl.dot(p.to(vt.dtype), vt, acc * decay[:, None], input_precision=PRECISION)
         top = new_top
     return acc, top, total
@@ -74,6 +80,7 @@ def fwd_kernel(
     queries = tl.load(cu_q + sequence + 1) - first
     first_key = tl.load(cu_k + sequence)
     length = tl.load(cu_k + sequence + 1) - first_key if used is None else tl.load(used + sequence)
+    shift = length - queries
     sequence = sequence.to(tl.int64)
     head = head.to(tl.int64)
     q += first.to(tl.int64) * q_token + head * q_head
@@ -91,7 +98,7 @@ def fwd_kernel(
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         inside = rows < end
-        position = rows + (length - queries)
+        position = rows + shift
         qt = load_rows(q + rows.to(tl.int64) * q_token, inside, DIM, BLOCK_DIM, UPCAST)
         # A sink is a key without a value that every row sees first.
         if sinks is None:
@@ -102,7 +109,7 @@ def fwd_kernel(
             total = tl.full([BLOCK_M], 1.0, tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DIM_V], tl.float32)
         low, full_low, full_high, high = span(
-            start + length - queries, tl.minimum(start + BLOCK_M, end) - 1 + length - queries, length, left, right, BLOCK_N
+            start + shift, tl.minimum(start + BLOCK_M, end) - 1 + shift, length, left, right, BLOCK_N
         )
         if left is not None:
             acc, top, total = _attend(
@@ -137,8 +144,12 @@ def delta_kernel(
     rows = tl.program_id(0) // HEADS * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < tokens
     at = head * tokens + rows
-    grad = load_rows(dout + head * dout_head + rows.to(tl.int64) * dout_token, inside, DIM_V, BLOCK_DIM_V, True)
-    result = load_rows(out + head * out_head + rows.to(tl.int64) * out_token, inside, DIM_V, BLOCK_DIM_V, True)
+    grad = load_rows(
+        dout + head * dout_head + rows.to(tl.int64) * dout_token, inside, DIM_V, BLOCK_DIM_V, True
+    )
+    result = load_rows(
+        out + head * out_head + rows.to(tl.int64) * out_token, inside, DIM_V, BLOCK_DIM_V, True
+    )
     difference = tl.sum(grad * result, 1)
     if dlse is not None:
         # An empty row has no gradient, whatever the caller's formula makes of its -inf.
@@ -189,7 +200,7 @@ def _collect_dq(
         vt = load_rows(v + keys.to(tl.int64) * v_token, inside, DIM_V, BLOCK_DIM_V, UPCAST)
         products = tl.dot(q, tl.trans(kt), input_precision=PRECISION)
         dp = tl.dot(grad, tl.trans(vt), input_precision=PRECISION)
-        p, ds = _weights(
+        _, ds = _weights(
             products, dp, lse[:, None], delta[:, None], position[:, None], keys[None, :], length,
             scale, softcap, slope, left, right, MASKED,
         )  # fmt: skip
@@ -217,6 +228,7 @@ def dq_kernel(
     queries = tl.load(cu_q + sequence + 1) - first
     first_key = tl.load(cu_k + sequence)
     length = tl.load(cu_k + sequence + 1) - first_key
+    shift = length - queries
     head = head.to(tl.int64)
     slope = None if slopes is None else tl.load(slopes + sequence.to(tl.int64) * slopes_row + head)
     q += first.to(tl.int64) * q_token + head * q_head
@@ -230,14 +242,14 @@ def dq_kernel(
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         inside = rows < end
-        position = rows + (length - queries)
+        position = rows + shift
         qt = load_rows(q + rows.to(tl.int64) * q_token, inside, DIM, BLOCK_DIM, UPCAST)
         grad = load_rows(dout + rows.to(tl.int64) * dout_token, inside, DIM_V, BLOCK_DIM_V, UPCAST)
         log = _load_lse(lse + rows, inside)
         difference = tl.load(delta + rows, mask=inside, other=0.0)
         acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
         low, full_low, full_high, high = span(
-            start + length - queries, tl.minimum(start + BLOCK_M, end) - 1 + length - queries, length, left, right, BLOCK_N
+            start + shift, tl.minimum(start + BLOCK_M, end) - 1 + shift, length, left, right, BLOCK_N
         )
         if left is not None:
             acc = _collect_dq(
@@ -260,7 +272,7 @@ def dq_kernel(
 
 @triton.jit
 def _collect_dkdv(
-    dk, dv, k, v, keys, begin, end, queries, length,
+    dk, dv, k, v, keys, begin, end, queries, length, shift,
     q, dout, lse, delta, q_token, dout_token, scale, softcap, slope, left, right,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
@@ -272,11 +284,11 @@ def _collect_dkdv(
         qt = load_rows(q + rows.to(tl.int64) * q_token, inside, DIM, BLOCK_DIM, UPCAST)
         grad = load_rows(dout + rows.to(tl.int64) * dout_token, inside, DIM_V, BLOCK_DIM_V, UPCAST)
         log = _load_lse(lse + rows, inside)
-        difference = tl.load(delta + rows) if inside is None else tl.load(delta + rows, mask=inside, other=0.0)
+        difference = tl.load(delta + rows, mask=inside, other=None if inside is None else 0.0)
         products = tl.dot(k, tl.trans(qt), input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         p, ds = _weights(
-            products, dp, log[None, :], difference[None, :], (rows + (length - queries))[None, :], keys[:, None],
+            products, dp, log[None, :], difference[None, :], (rows + shift)[None, :], keys[:, None],
             length, scale, softcap, slope, left, right, MASKED,
         )  # fmt: skip
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
@@ -303,8 +315,10 @@ def dkdv_kernel(
     end = tl.load(tile + 2)
     first = tl.load(cu_q + sequence)
     queries = tl.load(cu_q + sequence + 1) - first
-    first_key = tl.load(cu_k + sequence).to(tl.int64)
-    length = tl.load(cu_k + sequence + 1) - first_key.to(tl.int32)
+    first_key = tl.load(cu_k + sequence)
+    length = tl.load(cu_k + sequence + 1) - first_key
+    shift = length - queries
+    first_key = first_key.to(tl.int64)
     kv_head = kv_head.to(tl.int64)
     k += first_key * k_token + kv_head * k_head
     v += first_key * v_token + kv_head * v_head
@@ -323,7 +337,7 @@ def dkdv_kernel(
         acc_k = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
         acc_v = tl.zeros([BLOCK_N, BLOCK_DIM_V], tl.float32)
         low, full_low, full_high, high = span(
-            start + queries - length, tl.minimum(start + BLOCK_N, end) - 1 + queries - length, queries, right, left, BLOCK_M
+            start - shift, tl.minimum(start + BLOCK_N, end) - 1 - shift, queries, right, left, BLOCK_M
         )
         for member in range(GROUP):
             head = kv_head * GROUP + member
@@ -332,17 +346,17 @@ def dkdv_kernel(
             lse_h, delta_h = lse + head * tokens, delta + head * tokens
             if right is not None:
                 acc_k, acc_v = _collect_dkdv(
-                    acc_k, acc_v, kt, vt, keys, low, tl.minimum(full_low, high), queries, length,
+                    acc_k, acc_v, kt, vt, keys, low, tl.minimum(full_low, high), queries, length, shift,
                     q_h, dout_h, lse_h, delta_h, q_token, dout_token, scale, softcap, slope, left, right,
                     DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, True, UPCAST,
                 )  # fmt: skip
             acc_k, acc_v = _collect_dkdv(
-                acc_k, acc_v, kt, vt, keys, full_low, full_high, queries, length,
+                acc_k, acc_v, kt, vt, keys, full_low, full_high, queries, length, shift,
                 q_h, dout_h, lse_h, delta_h, q_token, dout_token, scale, softcap, slope, left, right,
                 DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, False, UPCAST,
             )  # fmt: skip
             acc_k, acc_v = _collect_dkdv(
-                acc_k, acc_v, kt, vt, keys, full_high, high, queries, length,
+                acc_k, acc_v, kt, vt, keys, full_high, high, queries, length, shift,
                 q_h, dout_h, lse_h, delta_h, q_token, dout_token, scale, softcap, slope, left, right,
                 DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, True, UPCAST,
             )  # fmt: skip
@@ -350,9 +364,9 @@ def dkdv_kernel(
         store_rows(dv + keys.to(tl.int64) * (KV_HEADS * DIM_V), inside, acc_v, DIM_V, BLOCK_DIM_V)
 
 
-def _dense(t: Tensor) -> Tensor:
+def _dense(t: Tensor | None) -> Tensor | None:
     """``t``, or a copy where its last dimension is not contiguous: kernels take every other stride."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
 def _common(kernel: str, q: Tensor, v: Tensor, kv_heads: int, score: list[float], window: list[int]) -> dict:
@@ -404,24 +418,23 @@ def varlen_attention_fwd(
     ``plan`` is ``VarlenPlan.tensors``, ``score`` [scale, softcap] (0 is none), ``window`` [left, right] (-1 is none).
     float64 is not supported.
     """
-    q, k, v = _dense(q), _dense(k), _dense(v)
+    q, k, v, seqused_k, block_table, alibi_slopes, sinks = map(
+        _dense, (q, k, v, seqused_k, block_table, alibi_slopes, sinks)
+    )
     tokens, heads = q.shape[:2]
     cu_q, cu_k, tiles, _ = plan
     out = q.new_empty(tokens, heads, v.shape[-1])
     lse = q.new_empty(heads, tokens, dtype=torch.float32)
     paged = block_table is not None
-    if alibi_slopes is not None:
-        alibi_slopes = _dense(alibi_slopes)
-    if block_table is not None:
-        block_table = _dense(block_table)
-    if tiles.shape[0] and tokens:
-        fwd_kernel[(tiles.shape[0] * heads,)](
-            q, k, v, out, lse, cu_q, cu_k, tiles, seqused_k, block_table, alibi_slopes, sinks,
-            q.stride(0), q.stride(1), k.stride(0) if paged else 0, k.stride(-3), k.stride(-2),
-            v.stride(0) if paged else 0, v.stride(-3), v.stride(-2),
-            block_table.stride(0) if paged else 0, _slopes_row(alibi_slopes),
-            page_size=k.shape[1] if paged else 1, **_common("fwd", q, v, k.shape[-2], score, window),
-        )  # fmt: skip
+    with torch.cuda.device_of(q):
+        if tiles.shape[0] and tokens:
+            fwd_kernel[(tiles.shape[0] * heads,)](
+                q, k, v, out, lse, cu_q, cu_k, tiles, seqused_k, block_table, alibi_slopes, sinks,
+                q.stride(0), q.stride(1), k.stride(0) if paged else 0, k.stride(-3), k.stride(-2),
+                v.stride(0) if paged else 0, v.stride(-3), v.stride(-2),
+                block_table.stride(0) if paged else 0, _slopes_row(alibi_slopes),
+                page_size=k.shape[1] if paged else 1, **_common("fwd", q, v, k.shape[-2], score, window),
+            )  # fmt: skip
     return out, lse
 
 
@@ -443,34 +456,34 @@ def varlen_attention_bwd(
 
     FlashAttention-2's scheme (arXiv:2307.08691) with every tile owned by one program: no atomics, the same bits always.
     """
-    dout, q, k, v, out, lse = (_dense(t) for t in (dout, q, k, v, out, lse.contiguous()))
+    dout, q, k, v, out, alibi_slopes = map(_dense, (dout, q, k, v, out, alibi_slopes))
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     tokens, heads = q.shape[:2]
     kv_heads = k.shape[1]
     cu_q, cu_k, query_tiles, key_tiles = plan
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     delta = torch.empty_like(lse)
-    if alibi_slopes is not None:
-        alibi_slopes = _dense(alibi_slopes)
-    if tokens:
-        delta_kernel[(triton.cdiv(tokens, DELTA_ROWS) * heads,)](
-            dout, out, lse, None if dlse is None else dlse.contiguous(), delta,
-            dout.stride(0), dout.stride(1), out.stride(0), out.stride(1), tokens,
-            HEADS=heads, DIM_V=v.shape[-1], BLOCK_DIM_V=padded(v.shape[-1]), BLOCK_M=DELTA_ROWS,
-        )  # fmt: skip
     strides = (
         dout.stride(0), dout.stride(1), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         _slopes_row(alibi_slopes),
     )  # fmt: skip
-    if key_tiles.shape[0] and k.shape[0]:
-        dkdv_kernel[(key_tiles.shape[0] * kv_heads,)](
-            dout, q, k, v, lse, delta, dk, dv, cu_q, cu_k, key_tiles, alibi_slopes, *strides,
-            **_common("dkdv", q, v, kv_heads, score, window),
-        )  # fmt: skip
-    if query_tiles.shape[0] and tokens:
-        dq_kernel[(query_tiles.shape[0] * heads,)](
-            dout, q, k, v, lse, delta, dq, cu_q, cu_k, query_tiles, alibi_slopes, *strides,
-            **_common("dq", q, v, kv_heads, score, window),
-        )  # fmt: skip
+    with torch.cuda.device_of(q):
+        if tokens:
+            delta_kernel[(triton.cdiv(tokens, DELTA_ROWS) * heads,)](
+                dout, out, lse, dlse, delta,
+                dout.stride(0), dout.stride(1), out.stride(0), out.stride(1), tokens,
+                HEADS=heads, DIM_V=v.shape[-1], BLOCK_DIM_V=padded(v.shape[-1]), BLOCK_M=DELTA_ROWS,
+            )  # fmt: skip
+        if key_tiles.shape[0] and k.shape[0]:
+            dkdv_kernel[(key_tiles.shape[0] * kv_heads,)](
+                dout, q, k, v, lse, delta, dk, dv, cu_q, cu_k, key_tiles, alibi_slopes, *strides,
+                **_common("dkdv", q, v, kv_heads, score, window),
+            )  # fmt: skip
+        if query_tiles.shape[0] and tokens:
+            dq_kernel[(query_tiles.shape[0] * heads,)](
+                dout, q, k, v, lse, delta, dq, cu_q, cu_k, query_tiles, alibi_slopes, *strides,
+                **_common("dq", q, v, kv_heads, score, window),
+            )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, q.new_empty(0)
     dsinks = -(torch.exp(sinks.float()[:, None] - lse) * delta).sum(1)

@@ -22,7 +22,9 @@ except ImportError as missing:
 
 ISAS = ("baseline", "avx2", "avx512", "amx")
 
-app = typer.Typer(help="Kernels for transformers that compute no gaps.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Kernels for transformers that compute no gaps.", no_args_is_help=True, add_completion=False
+)
 bench_app = typer.Typer(help="Time an operator against its peers.", no_args_is_help=True)
 demo_app = typer.Typer(help="The operators at work on real input.", invoke_without_command=True)
 app.add_typer(bench_app, name="bench")
@@ -52,11 +54,21 @@ def _implementations() -> list[dict]:
     for device in devices:
         x = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=device)
         inputs = Inputs(
-            x, x, x, alibi_slopes=None, sinks=None, seqused_k=None, block_table=None, softcap=0.0, needs_grad=True,
+            x,
+            x,
+            x,
+            alibi_slopes=None,
+            sinks=None,
+            seqused_k=None,
+            block_table=None,
+            softcap=0.0,
+            needs_grad=True,
             return_lse=False,
         )
         for impl, unsupported in REASONS.items():
-            rows.append({"op": "varlen_attention", "device": device, "impl": impl, "why_not": unsupported(inputs)})
+            rows.append(
+                {"op": "varlen_attention", "device": device, "impl": impl, "why_not": unsupported(inputs)}
+            )
     return rows
 
 
@@ -79,16 +91,17 @@ def info(as_json: Json = False) -> None:
     from gapless.bench.machine import machine, machine_line
 
     about = machine()
-    found = {"versions": _versions(), "machine": about, "implementations": _implementations()}
+    versions, implementations = _versions(), _implementations()
     if as_json:
+        found = {"versions": versions, "machine": about, "implementations": implementations}
         print(json.dumps(found, indent=2))
         return
     console = Console()
     console.print(machine_line(about), highlight=False, markup=False)
-    versions = ", ".join(f"{name} {text or 'absent'}" for name, text in found["versions"].items())
-    console.print(versions, highlight=False, markup=False)
+    packages = ", ".join(f"{name} {text or 'absent'}" for name, text in versions.items())
+    console.print(packages, highlight=False, markup=False)
     table = Table("operator", "device", "implementation", "usable", box=None, pad_edge=False)
-    for row in found["implementations"]:
+    for row in implementations:
         usable = "yes" if not row["why_not"] else "no: " + "; ".join(row["why_not"])
         table.add_row(row["op"], row["device"], row["impl"], usable)
     console.print(table)
@@ -108,7 +121,9 @@ def _run_again_under(isa: str) -> None:
 
 @bench_app.command()
 def varlen(
-    case: Annotated[list[str] | None, typer.Option(help="Workload R, M, S, U, L, D or T; may be repeated.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Workload R, M, S, U, L, D or T; may be repeated.")
+    ] = None,
     lengths: Annotated[
         list[str] | None,
         typer.Option(help="Own workload: items L, NxL or NxL:KEYS with commas between, or a file of them."),
@@ -117,18 +132,27 @@ def varlen(
     kv_heads: Annotated[list[int] | None, typer.Option(help="May be repeated. [default: 8]")] = None,
     dim: Annotated[list[int] | None, typer.Option(help="Of a head; may be repeated. [default: 64]")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="May be repeated. [default: float32]")] = None,
-    direction: Annotated[list[str] | None, typer.Option(help="fwd or fwd_bwd; may be repeated. [fwd]")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Every query sees every key; the default is causal.")] = False,
+    direction: Annotated[
+        list[str] | None, typer.Option(help="fwd or fwd_bwd; may be repeated. [fwd]")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Every query sees every key; the default is causal.")
+    ] = False,
     paged: Annotated[bool, typer.Option("--paged", help="Own workload with keys in pages.")] = False,
     impl: Annotated[
-        list[str] | None, typer.Option(help="A peer's name, or module:function to add your own; may be repeated.")
+        list[str] | None,
+        typer.Option(help="A peer's name, or module:function to add your own; may be repeated."),
     ] = None,
     threads: Annotated[int, typer.Option(help="Of torch; 0 is torch's own choice.", min=0)] = 0,
     device: str = "cpu",
     rounds: Annotated[int, typer.Option(help="Most samples of each implementation.", min=1)] = 50,
     seconds: Annotated[float, typer.Option(help="Time for the samples of one case.", min=0)] = 10.0,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too, each in a process of its own.")] = True,
-    isa: Annotated[str | None, typer.Option(help=f"Most of gapless's instruction sets: {', '.join(ISAS)}.")] = None,
+    memory: Annotated[
+        bool, typer.Option(help="Measure peak memory too, each in a process of its own.")
+    ] = True,
+    isa: Annotated[
+        str | None, typer.Option(help=f"Most of gapless's instruction sets: {', '.join(ISAS)}.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -146,8 +170,11 @@ def varlen(
             cases.with_options(
                 c, heads=heads, kv_heads=kv, dim=d, dtype=t, direction=way, causal=not full, device=device
             )
-            for c in chosen for kv in kv_heads or [8] for d in dim or [64]
-            for t in dtype or ["float32"] for way in direction or ["fwd"]
+            for c in chosen
+            for kv in kv_heads or [8]
+            for d in dim or [64]
+            for t in dtype or ["float32"]
+            for way in direction or ["fwd"]
         ]
         for c in chosen:
             peers.select(impl, c)
@@ -159,8 +186,12 @@ def varlen(
         task = progress.add_task("", total=len(chosen))
         for c in chosen:
             rows, skipped = measure.measure(
-                c, impl, rounds=rounds, seconds=seconds, with_memory=memory,
-                tell=lambda text, c=c: progress.update(task, description=f"{c.label}: {text}"),  # type: ignore[misc]
+                c,
+                impl,
+                rounds=rounds,
+                seconds=seconds,
+                with_memory=memory,
+                tell=lambda text, c=c: progress.update(task, description=f"{c.label}: {text}"),
             )
             data["rows"] += rows
             data["skipped"] += skipped
@@ -177,7 +208,9 @@ def varlen(
 
 
 @bench_app.command("report")
-def bench_report(file: Annotated[Path, typer.Argument(help="JSON of `gapless bench` or pytest-benchmark.")]) -> None:
+def bench_report(
+    file: Annotated[Path, typer.Argument(help="JSON of `gapless bench` or pytest-benchmark.")],
+) -> None:
     """Show results that were written before."""
     from gapless.bench import report
 
@@ -188,8 +221,12 @@ def bench_report(file: Annotated[Path, typer.Argument(help="JSON of `gapless ben
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        SpinnerColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} {task.description}", markup=False),
-        TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+        SpinnerColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )
 
 
@@ -203,7 +240,11 @@ Threads = Annotated[int, typer.Option(help="Of torch; 0 is torch's own choice.",
 
 @demo_app.callback()
 def demo(
-    context: typer.Context, steps: Steps = 0, out: Out = Path("report"), seconds: Seconds = 240.0, threads: Threads = 0
+    context: typer.Context,
+    steps: Steps = 0,
+    out: Out = Path("report"),
+    seconds: Seconds = 240.0,
+    threads: Threads = 0,
 ) -> None:
     """The operators at work on real input; with no name of a demo, `pack`."""
     if context.invoked_subcommand is None:
@@ -211,15 +252,15 @@ def demo(
 
 
 @demo_app.command()
-def pack(
-    steps: Steps = 0, out: Out = Path("report"), seconds: Seconds = 240.0, threads: Threads = 0
-) -> None:
+def pack(steps: Steps = 0, out: Out = Path("report"), seconds: Seconds = 240.0, threads: Threads = 0) -> None:
     """Train a small Llama on source files twice, padded with torch's SDPA and packed with gapless."""
     try:
         from gapless.demo import pack as demo_pack
     except ImportError as missing:
         console = Console(stderr=True)
-        console.print(f"the demo needs {missing.name}: pip install 'gapless[demo]'", markup=False, highlight=False)
+        console.print(
+            f"the demo needs {missing.name}: pip install 'gapless[demo]'", markup=False, highlight=False
+        )
         raise typer.Exit(1) from None
     demo_pack.run(steps=steps, out=out, seconds=seconds, threads=threads)
 

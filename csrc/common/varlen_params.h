@@ -59,10 +59,19 @@ struct MergeItem {
 };
 
 struct VarlenBackwardParams {
-    VarlenParams forward;
+    VarlenParams forward;  ///< tiles are key tiles
     Packed dout;
-    const void* delta;  ///< [heads, total_q] of rowsum(dout * out) - dlse, in lse's type
+    const void* dlse;  ///< [heads, total_q] in lse's type, or null
+    void* delta;       ///< [heads, total_q] in lse's type: rowsum(dout * out) - dlse
     Packed dq, dk, dv;
+};
+
+/// One key tile of one kv head. The tiles of a sequence and head add to the same dq, one after another in their order.
+struct BackwardItem {
+    int32_t kv_head;
+    int32_t first_tile, tiles, tile;  ///< the sequence's tiles, and which of them this item is
+    void* dq;       ///< sum of dq over the tiles, in the kernel's own layout; null if there is one tile
+    int32_t* turn;  ///< per block of rows: tiles that have added theirs
 };
 
 }  // namespace gapless

@@ -13,11 +13,16 @@
 
 namespace gapless::cpu {
 
-#define GAPLESS_TABLE(ISA)                                               \
-    namespace ISA {                                                      \
-    void varlen_forward(const VarlenParams&, const ForwardItem&);        \
-    void varlen_merge(const VarlenParams&, const MergeItem&);            \
-    const Kernels table{#ISA, varlen_forward, varlen_merge};             \
+#define GAPLESS_TABLE(ISA)                                                                                  \
+    namespace ISA {                                                                                         \
+    void varlen_forward(const VarlenParams&, const ForwardItem&);                                           \
+    void varlen_merge(const VarlenParams&, const MergeItem&);                                               \
+    void varlen_delta(const VarlenBackwardParams&, int64_t, int64_t);                                       \
+    void varlen_backward(const VarlenBackwardParams&, const BackwardItem&);                                 \
+    extern const int64_t backward_block_rows;                                                               \
+    const Kernels table() {                                                                                 \
+        return {#ISA, varlen_forward, varlen_merge, varlen_delta, varlen_backward, backward_block_rows};    \
+    }                                                                                                       \
     }
 
 GAPLESS_TABLE(baseline)
@@ -85,25 +90,25 @@ Level capped(Level level) {
     return level;
 }
 
-const Kernels& choose() {
+Kernels choose() {
     switch (capped(machine_level())) {
 #ifdef GAPLESS_HAVE_AMX
-        case kAmx: return amx::table;
+        case kAmx: return amx::table();
 #endif
 #ifdef GAPLESS_HAVE_AVX512
-        case kAvx512: return avx512::table;
+        case kAvx512: return avx512::table();
 #endif
 #ifdef GAPLESS_HAVE_AVX2
-        case kAvx2: return avx2::table;
+        case kAvx2: return avx2::table();
 #endif
-        default: return baseline::table;
+        default: return baseline::table();
     }
 }
 
 }  // namespace
 
 const Kernels& kernels() {
-    static const Kernels& chosen = choose();
+    static const Kernels chosen = choose();
     return chosen;
 }
 

@@ -75,10 +75,10 @@ void column(const Gemm<T>& g, int64_t rows, int64_t vec) {
 // Accumulators + one row of B + the broadcast have to fit the register file: 32 registers with AVX-512, 16 before.
 #if defined(__AVX512F__)
 constexpr int kMaxVecs = 4;
-constexpr int kBlockRows[kMaxVecs + 1] = {0, 14, 12, 8, 6};
+constexpr int kRegisterRows[kMaxVecs + 1] = {0, 14, 12, 8, 6};
 #else
 constexpr int kMaxVecs = 2;
-constexpr int kBlockRows[kMaxVecs + 1] = {0, 8, 6};
+constexpr int kRegisterRows[kMaxVecs + 1] = {0, 8, 6};
 #endif
 
 /// C over `rows` x `vecs` vectors. Widths that kMaxVecs does not divide are split as evenly as can be.
@@ -88,11 +88,11 @@ void gemm(const Gemm<T>& g, int64_t rows, int64_t vecs) {
         const int64_t left = vecs - vec, columns = (left + kMaxVecs - 1) / kMaxVecs;
         const int64_t width = (left + columns - 1) / columns;
         if constexpr (kMaxVecs >= 4)
-            if (width == 4) column<T, kBlockRows[kMaxVecs], 4, kInit>(g, rows, vec);
+            if (width == 4) column<T, kRegisterRows[kMaxVecs], 4, kInit>(g, rows, vec);
         if constexpr (kMaxVecs >= 3)
-            if (width == 3) column<T, kBlockRows[3 <= kMaxVecs ? 3 : 0], 3, kInit>(g, rows, vec);
-        if (width == 2) column<T, kBlockRows[2], 2, kInit>(g, rows, vec);
-        if (width == 1) column<T, kBlockRows[1], 1, kInit>(g, rows, vec);
+            if (width == 3) column<T, kRegisterRows[3 <= kMaxVecs ? 3 : 0], 3, kInit>(g, rows, vec);
+        if (width == 2) column<T, kRegisterRows[2], 2, kInit>(g, rows, vec);
+        if (width == 1) column<T, kRegisterRows[1], 1, kInit>(g, rows, vec);
         vec += width;
     }
 }

@@ -11,6 +11,11 @@ struct Kernels {
     /// One item of attention forward.
     void (*varlen_forward)(const VarlenParams&, const ForwardItem&);
     void (*varlen_merge)(const VarlenParams&, const MergeItem&);
+    /// Attention backward: delta for tokens [begin, end), then the items.
+    void (*varlen_delta)(const VarlenBackwardParams&, int64_t begin, int64_t end);
+    void (*varlen_backward)(const VarlenBackwardParams&, const BackwardItem&);
+    /// Most rows of a block, which is the unit of BackwardItem::turn.
+    int64_t backward_block_rows;
 };
 
 /// The best table that this machine can run, not above GAPLESS_ISA (baseline, avx2, avx512, amx) or torch's own

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -26,7 +28,7 @@ void check(bool fine, const char* what, int64_t at, int64_t value, const std::st
 void check_lengths(const int32_t* cu, const char* name, int64_t batch, int64_t total) {
     check(cu[0] == 0, name, 0, cu[0], "0");
     for (int64_t i = 1; i <= batch; ++i) check(cu[i] >= cu[i - 1], name, i, cu[i], "at least " + std::to_string(cu[i - 1]));
-    check(cu[batch] <= total, name, batch, cu[batch], "at most the number of tokens, " + std::to_string(total));
+    check(cu[batch] == total, name, batch, cu[batch], "the number of tokens, " + std::to_string(total));
 }
 
 void check_tiles(const int32_t* tiles, const char* name, int64_t count, int64_t batch, const int32_t* cu) {
@@ -82,7 +84,8 @@ void check_varlen(const VarlenParams& p, const VarlenSizes& n) {
                 check(page >= 0 && page < n.pages, "block_table", i * p.max_pages + j, page,
                       "below the number of pages, " + std::to_string(n.pages));
             }
-    check_tiles(p.tiles, "query_tiles", n.query_tiles, n.batch, p.cu_seqlens_q);
+    check_tiles(n.query_tiles, "query_tiles", n.query_tile_count, n.batch, p.cu_seqlens_q);
+    check_tiles(n.key_tiles, "key_tiles", n.key_tile_count, n.batch, p.cu_seqlens_k);
 }
 
 void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEveryThread& threads) {
@@ -96,10 +99,10 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEve
     };
     std::vector<Part> parts;
     std::vector<Merge> merges;
-    parts.reserve(sizes.query_tiles);
+    parts.reserve(sizes.query_tile_count);
     const int64_t group = p.heads / p.kv_heads;
     int64_t partial_rows = 0;
-    for (int64_t t = 0; t < sizes.query_tiles; ++t) {
+    for (int64_t t = 0; t < sizes.query_tile_count; ++t) {
         const int32_t* tile = p.tiles + 3 * t;
         if (tile[0] < 0 || tile[1] == tile[2]) continue;
         const auto [begin, end] = tile_keys(p, tile);
@@ -131,6 +134,77 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEve
         const Merge& merge = merges[i / p.kv_heads];
         const int32_t head = int32_t(i % p.kv_heads);
         k.varlen_merge(p, {merge.tile, head, address(merge.partial, head), merge.parts});
+    });
+}
+
+void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, double* dsinks, const OnEveryThread& threads) {
+    const VarlenParams& p = b.forward;
+    const Kernels& k = kernels();
+    constexpr int64_t kDeltaTokens = 256;
+    in_order((p.total_q + kDeltaTokens - 1) / kDeltaTokens, threads, [&](int64_t i) {
+        k.varlen_delta(b, i * kDeltaTokens, std::min(p.total_q, (i + 1) * kDeltaTokens));
+    });
+
+    // A unit is one sequence and kv head: its tiles hand dq on to each other. They are claimed in order, so a tile never
+    // waits for one that nobody has begun, and only as many units as threads hold memory at a time.
+    struct Unit {
+        int32_t first_tile, tiles;
+        int64_t rows;
+        std::mutex mutex;
+        std::vector<char> dq;
+        std::vector<int32_t> turns;
+        int32_t left;
+    };
+    struct Item {
+        int64_t unit;
+        int32_t tile;
+    };
+    std::vector<std::pair<int32_t, int32_t>> runs;
+    for (int64_t t = 0; t < sizes.key_tile_count; ++t) {
+        const int32_t* tile = p.tiles + 3 * t;
+        if (tile[0] < 0) continue;
+        if (!runs.empty() && runs.back().first + runs.back().second == t && tile[-3] == tile[0])
+            ++runs.back().second;
+        else
+            runs.emplace_back(int32_t(t), 1);
+    }
+    std::vector<Unit> units(runs.size() * p.kv_heads);
+    std::vector<Item> items;
+    const int64_t group = p.heads / p.kv_heads, row_bytes = p.dim * (p.dtype == DType::kFloat64 ? 8 : 4);
+    for (size_t u = 0; u < units.size(); ++u) {
+        const auto [first, tiles] = runs[u / p.kv_heads];
+        const int32_t sequence = p.tiles[3 * first];
+        units[u].first_tile = first, units[u].tiles = units[u].left = tiles;
+        units[u].rows = (p.cu_seqlens_q[sequence + 1] - p.cu_seqlens_q[sequence]) * group;
+        for (int32_t i = 0; i < tiles; ++i) items.push_back({int64_t(u), i});
+    }
+    in_order(int64_t(items.size()), threads, [&](int64_t i) {
+        Unit& unit = units[items[i].unit];
+        const bool shared = unit.tiles > 1;
+        if (shared) {
+            const std::lock_guard lock(unit.mutex);
+            if (unit.turns.empty()) {
+                unit.turns.resize(unit.rows / k.backward_block_rows + 1);
+                unit.dq.resize((unit.rows + k.backward_block_rows) * row_bytes);
+            }
+        }
+        k.varlen_backward(b, {int32_t(items[i].unit % p.kv_heads), unit.first_tile, unit.tiles, items[i].tile,
+                              shared ? unit.dq.data() : nullptr, unit.turns.data()});
+        if (shared) {
+            const std::lock_guard lock(unit.mutex);
+            if (--unit.left == 0) std::vector<char>().swap(unit.dq);
+        }
+    });
+
+    if (!p.sinks) return;
+    const auto at = [&](const void* x, int64_t i) {
+        return p.dtype == DType::kFloat64 ? static_cast<const double*>(x)[i] : double(static_cast<const float*>(x)[i]);
+    };
+    in_order(p.heads, threads, [&](int64_t head) {
+        double sum = 0;
+        for (int64_t i = head * p.total_q; i < (head + 1) * p.total_q; ++i)
+            sum -= std::exp(p.sinks[head] - at(p.lse, i)) * at(b.delta, i);
+        dsinks[head] = sum;
     });
 }
 

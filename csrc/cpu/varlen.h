@@ -12,14 +12,19 @@ namespace gapless::cpu {
 /// Calls its argument once on each thread of some pool, and waits.
 using OnEveryThread = std::function<void(const std::function<void()>&)>;
 
-/// Sizes that the plan's numbers are checked against; kernels trust them afterwards.
+/// The plan's tiles, and the sizes that its numbers are checked against; kernels trust them afterwards.
 struct VarlenSizes {
-    int64_t batch, total_q, total_k, query_tiles, key_tiles, pages;
+    int64_t batch, total_q, total_k, pages;
+    const int32_t *query_tiles, *key_tiles;
+    int64_t query_tile_count, key_tile_count;
 };
 
 /// Throws std::runtime_error if the plan, the lengths or the pages point outside of the tensors.
 void check_varlen(const VarlenParams& p, const VarlenSizes& sizes);
 
 void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEveryThread& threads);
+
+/// Fills delta, dq, dk and dv, and dsinks [heads] if there are sinks.
+void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, double* dsinks, const OnEveryThread& threads);
 
 }  // namespace gapless::cpu

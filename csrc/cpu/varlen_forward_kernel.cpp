@@ -90,7 +90,7 @@ class Forward {
     }
 
     void block(int64_t row, int64_t rows) {
-        lanes.fill(p, map, sequence, item.kv_head, row, rows);
+        lanes.fill(p, map, sequence, item.kv_head, row, rows, kLog2e);
         start(row, rows);
         const int64_t begin = most(item.key_begin, map.begin(row));
         const int64_t end = least(item.key_end, map.end(row + rows - 1));
@@ -121,7 +121,7 @@ class Forward {
         for (int64_t i = rows; i < padded<T>(rows); ++i) top[i] = -kInfinity<T>, sum[i] = 0;
         for (int64_t at = 0; at < rows; at += kStripRows) {
             const int64_t count = least(kStripRows, rows - at);
-            transpose_rows(query_rows + at, count, p.dim, T(query_factor(p)), queries + at * p.dim, padded<T>(count));
+            transpose_rows(query_rows + at, count, p.dim, T(query_factor(p, kLog2e)), queries + at * p.dim, padded<T>(count));
         }
         std::memset(out, 0, padded<T>(rows) * p.dim_v * sizeof(T));
     }
@@ -204,15 +204,20 @@ class Forward {
     template <int n>
     static void exponentials(T* block, int64_t width, int64_t keys, const Vec<T>* base, Vec<T>* sum) {
         constexpr int w = kLanes<T>;
+        constexpr int64_t kRun = 16;  // one long chain of additions would lose bits that the LSE needs
         Vec<T> b[n], total[n];
         for (int v = 0; v < n; ++v) b[v] = base[v], total[v] = sum[v];
-        for (int64_t k = 0; k < keys; ++k, block += width)
+        for (int64_t from = 0; from < keys; from += kRun) {
+            Vec<T> run[n] = {};
+            for (int64_t k = from; k < least(keys, from + kRun); ++k, block += width)
 #pragma GCC unroll 4
-            for (int v = 0; v < n; ++v) {
-                const Vec<T> e = vexp2(load(block + v * w) - b[v]);
-                total[v] += e;
-                store(block + v * w, e);
-            }
+                for (int v = 0; v < n; ++v) {
+                    const Vec<T> e = vexp2(load(block + v * w) - b[v]);
+                    run[v] += e;
+                    store(block + v * w, e);
+                }
+            for (int v = 0; v < n; ++v) total[v] += run[v];
+        }
         for (int v = 0; v < n; ++v) sum[v] = total[v];
     }
 
@@ -224,7 +229,7 @@ class Forward {
                 T* cell = block + (v - s.vec_begin) * w;
                 const int64_t lane = at + v * w;
                 Vec<T> x = load(cell), tangent;
-                if (scored) x = modify_score<T>(x, lanes, lane, key, T(p.softcap), &tangent);
+                if (scored) x = modify_score<T>(x, lanes, lane, key, T(p.softcap * kLog2e), &tangent);
                 if (s.partial) x = sees<T>(lanes, lane, key) ? x : splat(-kInfinity<T>);
                 store(cell, x);
             }

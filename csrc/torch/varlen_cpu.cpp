@@ -64,10 +64,10 @@ struct Call {
         STD_TORCH_CHECK(batch >= 0, "cu_seqlens_q is empty: it has to have batch + 1 entries");
         p.cu_seqlens_q = keep(checked(plan[0], "cu_seqlens_q", ScalarType::Int, {batch + 1}));
         p.cu_seqlens_k = keep(checked(plan[1], "cu_seqlens_k", ScalarType::Int, {batch + 1}));
-        const int32_t* query_tiles = keep(checked(plan[2], "query_tiles", ScalarType::Int, {-1, 3}));
-        keep(checked(plan[3], "key_tiles", ScalarType::Int, {-1, 3}));
-        p.tiles = query_tiles;
-        sizes = {batch, q.size(0), block_table ? 0 : k.size(0), plan[2].size(0), plan[3].size(0), 0};
+        sizes.batch = batch, sizes.total_q = q.size(0), sizes.total_k = block_table ? 0 : k.size(0);
+        sizes.query_tiles = keep(checked(plan[2], "query_tiles", ScalarType::Int, {-1, 3}));
+        sizes.key_tiles = keep(checked(plan[3], "key_tiles", ScalarType::Int, {-1, 3}));
+        sizes.query_tile_count = plan[2].size(0), sizes.key_tile_count = plan[3].size(0);
         if (seqused_k) p.seqused_k = keep(checked(*seqused_k, "seqused_k", ScalarType::Int, {batch}));
         if (block_table) {
             STD_TORCH_CHECK(seqused_k.has_value(), "block_table needs seqused_k");
@@ -122,12 +122,45 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<Ten
     Tensor lse = fresh(q, {p.heads, p.total_q}, lse_type(p.dtype));
     p.out = packed(out);
     p.lse = lse.mutable_data_ptr();
+    p.tiles = call.sizes.query_tiles;
     cpu::varlen_forward(p, call.sizes, on_every_thread);
     return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
+                                                    Tensor out, Tensor lse, std::vector<Tensor> plan,
+                                                    std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+                                                    std::vector<double> score, std::vector<int64_t> window) {
+    Call call(q, k, v, plan, std::nullopt, std::nullopt, alibi_slopes, sinks, score, window);
+    VarlenParams& p = call.params;
+    for (const auto& [t, name] : {std::pair<const Tensor&, const char*>{dout, "dout"}, {out, "out"}}) {
+        check_cpu(t, name, 3);
+        STD_TORCH_CHECK(t.scalar_type() == q.scalar_type(), name, " is not of q's dtype");
+        STD_TORCH_CHECK(t.size(0) == p.total_q && t.size(1) == p.heads && t.size(2) == p.dim_v, name,
+                        " has to be [tokens, heads, dim_v]");
+    }
+    dout = unit_stride(dout), out = unit_stride(out);
+    lse = checked(lse, "lse", lse_type(p.dtype), {p.heads, p.total_q});
+    if (dlse) dlse = checked(*dlse, "dlse", lse_type(p.dtype), {p.heads, p.total_q});
+    Tensor delta = fresh(q, {p.heads, p.total_q}, lse_type(p.dtype));
+    Tensor dq = fresh(q, {p.total_q, p.heads, p.dim}, q.scalar_type());
+    Tensor dk = fresh(q, {k.size(0), p.kv_heads, p.dim}, q.scalar_type());
+    Tensor dv = fresh(q, {k.size(0), p.kv_heads, p.dim_v}, q.scalar_type());
+    Tensor dsinks = fresh(q, {sinks ? p.heads : 0}, ScalarType::Double);
+    p.out = packed(out);
+    p.lse = const_cast<void*>(lse.const_data_ptr());
+    p.tiles = call.sizes.key_tiles;
+    const VarlenBackwardParams b{p,          packed(dout), dlse ? dlse->const_data_ptr() : nullptr, delta.mutable_data_ptr(),
+                                 packed(dq), packed(dk),   packed(dv)};
+    cpu::varlen_backward(b, call.sizes, static_cast<double*>(dsinks.mutable_data_ptr()), on_every_thread);
+    return {dq, dk, dv, torch::stable::to(dsinks, sinks ? sinks->scalar_type() : q.scalar_type())};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gapless, CPU, m) { m.impl("varlen_attention_fwd", TORCH_BOX(&forward)); }
+STABLE_TORCH_LIBRARY_IMPL(gapless, CPU, m) {
+    m.impl("varlen_attention_fwd", TORCH_BOX(&forward));
+    m.impl("varlen_attention_bwd", TORCH_BOX(&backward));
+}
 
 }  // namespace gapless

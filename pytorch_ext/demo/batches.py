@@ -41,6 +41,9 @@ def packed(files: list[Tensor]) -> tuple[dict, Tensor]:
     inputs = {
         "input_ids": torch.cat(files)[None],
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest,
+        "cu_seq_lens_q": cu,
+        "cu_seq_lens_k": cu,
+        "max_length_q": longest,
+        "max_length_k": longest,
     }
     return inputs, torch.cat([targets(f) for f in files])[None]

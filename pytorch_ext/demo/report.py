@@ -6,8 +6,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gapless.bench import report as bench_report
@@ -17,13 +19,14 @@ PADDED, PACKED = "#b04a3a", "#2f6f9f"
 NAMES = {"padded": "padded, torch SDPA", "packed": "packed, gapless"}
 _STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
+    "table{border-collapse:collapse;margin:1rem 0}"
+    "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
     "td:first-child,th:first-child{text-align:left}img{max-width:100%}small{color:#666}"
     ".case td{color:#2f6f9f;padding-top:.8rem}.own{font-weight:bold}"
 )
 
 
-def _axes(title: str) -> tuple[Figure, object]:
+def _axes(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title)
@@ -43,7 +46,10 @@ def plots(result: dict) -> dict[str, Figure]:
     """Figures by file name."""
     runs = result["runs"]
     loss, axes = _axes("Loss of each step")
-    for kind, style in (("padded", {"color": PADDED, "linewidth": 4, "alpha": 0.4}), ("packed", {"color": PACKED})):
+    for kind, style in (
+        ("padded", {"color": PADDED, "linewidth": 4, "alpha": 0.4}),
+        ("packed", {"color": PACKED}),
+    ):
         steps = runs[kind]["steps"]
         axes.plot([s["step"] + 1 for s in steps], [s["loss"] for s in steps], label=NAMES[kind], **style)
     axes.set_xlabel("step")
@@ -74,7 +80,8 @@ def facts(result: dict) -> list[tuple[str, str, str]]:
         return f"{(run['peak_bytes'] - (run['idle_bytes'] if own else 0)) / 2**20:,.0f} MiB"
 
     return [
-        ("useful tokens/s", f"{padded['rate']:,.0f}", f"{packed['rate']:,.0f} ({packed['rate'] / padded['rate']:.1f}x)"),
+        ("useful tokens/s", f"{padded['rate']:,.0f}", f"{packed['rate']:,.0f}"),
+        ("speed-up", "", f"{packed['rate'] / padded['rate']:.2f}x"),
         ("time of a step", f"{padded['step_seconds']:.2f} s", f"{packed['step_seconds']:.2f} s"),
         ("padding share of the tokens computed", f"{padded['padding']:.0%}", f"{packed['padding']:.0%}"),
         ("peak memory of the process", mebibytes(padded, False), mebibytes(packed, False)),
@@ -84,7 +91,7 @@ def facts(result: dict) -> list[tuple[str, str, str]]:
     ]
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     def line(cells: tuple[str, ...], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
@@ -131,8 +138,8 @@ def write(result: dict, folder: Path) -> Path:
         parts += [
             "<h2>The operator alone</h2>",
             _bench_table(result["bench"]),
-            "<p><small>GFLOP/s count visible (query, key) pairs only; sgemm is the share of the rate of a float32 matrix "
-            "product in the same run; x peer is how many times faster than the fastest peer.</small></p>",
+            "<p><small>GFLOP/s count visible (query, key) pairs only; sgemm is the share of the rate of a float32 "
+            "matrix product in the same run; x peer is how many times faster than the fastest peer.</small></p>",
         ]
     parts.append(f"<p><small>{html.escape(machine_line(result['machine']))}</small></p></html>")
     index = folder / "index.html"

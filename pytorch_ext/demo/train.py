@@ -20,7 +20,7 @@ from gapless.demo import batches
 
 @dataclass(frozen=True)
 class Settings:
-    """A run: ``kind`` is padded (torch's SDPA) or packed (gapless). It ends after ``steps``, or ``seconds`` if sooner."""
+    """A run: ``kind`` is padded (torch's SDPA) or packed (gapless); it ends after ``steps`` or ``seconds``."""
 
     kind: str
     steps: int
@@ -44,11 +44,17 @@ def build(settings: Settings) -> torch.nn.Module:
     if settings.kind == "packed":
         import gapless.integrations.transformers  # noqa: F401  (registers the attention)
     config = LlamaConfig(
-        vocab_size=corpus.VOCABULARY, hidden_size=settings.hidden, intermediate_size=settings.hidden * 8 // 3,
-        num_hidden_layers=settings.layers, num_attention_heads=settings.heads, num_key_value_heads=settings.kv_heads,
-        max_position_embeddings=settings.max_bytes + 1, tie_word_embeddings=True, use_cache=False,
-        attn_implementation="gapless" if settings.kind == "packed" else "sdpa",
-    )  # fmt: skip
+        vocab_size=corpus.VOCABULARY,
+        hidden_size=settings.hidden,
+        intermediate_size=settings.hidden * 8 // 3,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        max_position_embeddings=settings.max_bytes + 1,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    config._attn_implementation = "gapless" if settings.kind == "packed" else "sdpa"
     torch.manual_seed(settings.seed)
     return LlamaForCausalLM(config).to(getattr(torch, settings.dtype)).train()
 
@@ -82,8 +88,11 @@ def train(settings: Settings, tell) -> None:
         now = time.perf_counter()
         tell(
             {
-                "step": step, "loss": loss.item(), "seconds": now - begin,
-                "tokens": sum(len(f) for f in files), "computed": inputs["input_ids"].numel(),
+                "step": step,
+                "loss": loss.item(),
+                "seconds": now - begin,
+                "tokens": sum(len(f) for f in files),
+                "computed": inputs["input_ids"].numel(),
             }
         )
         if step and now - first > settings.seconds:

@@ -69,6 +69,7 @@ class Packing:
         )
         return Packing(VarlenPlan.make(cu_q, cu_k, window=window), window, **fields)
 
+    @torch.compiler.disable
     def split_at_resets(self, position_ids: Tensor | None) -> Packing:
         """Cut where positions do not go up: several sequences in a row, one after another.
 
@@ -95,6 +96,7 @@ class Packing:
         return self._split[1]
 
 
+@torch.compiler.disable  # it plans from values, on the host
 def attention_mask(
     batch_size: int,
     q_length: int,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def nested_attention(
     transposed = jagged["nt_q"] == 2
     if transposed:
         nt_q, nt_k, nt_v = (t.transpose(1, 2) for t in (nt_q, nt_k, nt_v))
-    offsets_q, offsets_k, offsets_v = (t.offsets() for t in (nt_q, nt_k, nt_v))
+    offsets_q, offsets_k, offsets_v = (_offsets(t) for t in (nt_q, nt_k, nt_v))
     if offsets_v is not offsets_k and not torch.equal(offsets_v, offsets_k):
         lengths = [offsets.diff().tolist() for offsets in (offsets_k, offsets_v)]
         raise ValueError(
@@ -79,7 +81,11 @@ def nested_attention(
     return (out, _nest(result[1].transpose(0, 1), nt_q)) if return_lse else out
 
 
-def _jagged_dim(name: str, t: Tensor) -> int:
+def _offsets(t: Any) -> Tensor:  # Any: methods of nested tensors are not in Tensor's type
+    return t.offsets()
+
+
+def _jagged_dim(name: str, t: Any) -> int:
     if not t.is_nested or t.layout != torch.jagged:
         raise TypeError(
             f"{name} is {'nested' if t.is_nested else 'dense'}, {t.layout}: it has to be a jagged nested tensor"
@@ -93,4 +99,4 @@ def _jagged_dim(name: str, t: Tensor) -> int:
 
 def _nest(values: Tensor, like: Tensor) -> Tensor:
     """``values`` with the offsets of ``like``, so that torch knows that both have the same jagged size."""
-    return torch.nested.nested_tensor_from_jagged(values, offsets=like.offsets())
+    return torch.nested.nested_tensor_from_jagged(values, offsets=_offsets(like))

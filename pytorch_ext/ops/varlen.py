@@ -43,8 +43,6 @@ def _triton_reasons(x: Inputs) -> list[str]:
     why = registry.triton_unusable(x.q.device)
     if x.q.dtype == torch.float64:
         why.append("it has no float64 kernels")
-    if x.needs_grad and x.alibi_slopes is not None:
-        why.append("it has no backward pass with alibi_slopes")
     return why
 
 
@@ -230,7 +228,7 @@ def _check(q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, 
         raise ValueError(f"head dims are {dim} (q, k) and {dim_v} (v): they have to be from 1 to {MAX_DIM}")
     if len(window) != 2 or any(isinstance(w, float) or w < -1 for w in window):
         raise ValueError(f"window is {tuple(window)}: it has to be (left, right), each -1 or at least 0")
-    if not (softcap >= 0 and math.isfinite(softcap)):
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap is {softcap}: it has to be 0 (none) or positive")
     batch = cu_seqlens_q.shape[0] - 1
     if alibi_slopes is not None:
