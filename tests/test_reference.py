@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def test_equal_lengths_agree_with_torch(causal: bool):
     batch = make_batch([7, 1, 12], heads=4, kv_heads=2, dim=8, dtype=torch.float64)
     out, lse = reference.varlen_attention(batch.q, batch.k, batch.v, batch.cu_seqlens_q, causal=causal)
     bounds = batch.cu_seqlens_q.tolist()
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         q, k, v = (x[begin:end].transpose(0, 1) for x in (batch.q, batch.k, batch.v))
         want = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(0, 1)
         torch.testing.assert_close(out[begin:end], want)
@@ -62,7 +63,13 @@ def test_bottom_right_causal_by_hand():
 
 def test_rows_that_see_nothing_by_hand():
     out, lse = reference.varlen_attention(
-        ONES.expand(3, 1, 1), ONES, 5 * ONES, torch.tensor([0, 3]), torch.tensor([0, 1]), causal=True, scale=1.0
+        ONES.expand(3, 1, 1),
+        ONES,
+        5 * ONES,
+        torch.tensor([0, 3]),
+        torch.tensor([0, 1]),
+        causal=True,
+        scale=1.0,
     )
     assert out.flatten().tolist() == [0.0, 0.0, 5.0]
     assert lse.flatten().tolist() == [-math.inf, -math.inf, 1.0]
@@ -94,7 +101,9 @@ def test_pages_are_only_another_place():
     batch = make_batch([2, 1, 4], lengths, 2, 1)
     pages = scatter_pages(batch.k, batch.v, lengths, 4)
     assert pages.k.isnan().any()
-    want = reference.varlen_attention(batch.q, batch.k, batch.v, batch.cu_seqlens_q, batch.cu_seqlens_k, causal=True)
+    want = reference.varlen_attention(
+        batch.q, batch.k, batch.v, batch.cu_seqlens_q, batch.cu_seqlens_k, causal=True
+    )
     got = reference.varlen_attention(
         batch.q, pages.k, pages.v, batch.cu_seqlens_q, seqused_k=pages.seqused_k, block_table=pages.block_table,
         causal=True,
@@ -121,7 +130,9 @@ class TestBudget:
         assert_within_budget(torch.tensor([1.0, 1.999]), self.oracle, self.witness)
 
     def test_outside_shows_the_numbers(self):
-        with pytest.raises(AssertionError, match=r"dq .*error 1\.000e-02 is above the budget 2\.0.*got 1\.99"):
+        with pytest.raises(
+            AssertionError, match=r"dq .*error 1\.000e-02 is above the budget 2\.0.*got 1\.99"
+        ):
             assert_within_budget(torch.tensor([1.0, 1.99]), self.oracle, self.witness, name="dq")
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])

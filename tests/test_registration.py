@@ -89,7 +89,9 @@ FORWARD = {
     "bfloat16": lambda: forward_args(make_batch([5, 3], dtype=torch.bfloat16)),
     "float64": lambda: forward_args(make_batch([5, 3], dtype=torch.float64)),
     "non_contiguous": lambda: forward_args(make_batch([5, 3], non_contiguous=True)),
-    "sinks_and_slopes": lambda: forward_args(make_batch([5, 3]), sinks=torch.randn(2), slopes=torch.rand(2, 2)),
+    "sinks_and_slopes": lambda: forward_args(
+        make_batch([5, 3]), sinks=torch.randn(2), slopes=torch.rand(2, 2)
+    ),
     "paged": lambda: forward_args(make_batch([5, 3]), pages=paged(make_batch([5, 3]))),
     "empty": lambda: forward_args(make_batch([])),
 }
@@ -146,6 +148,11 @@ def differentiated(function, batch: Batch, plan, sinks):
     return [out, lse, *torch.autograd.grad([out, lse], leaves, [batch.dout, batch.dlse])]
 
 
+# Dynamo and Inductor use what torch itself deprecates.
+TRACING = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@TRACING
 @pytest.mark.parametrize("dynamic", [False, True, None], ids=["static", "dynamic", "automatic"])
 @pytest.mark.parametrize("planned", [True, False], ids=["plan", "no_plan"])
 def test_compile(planned: bool, dynamic: bool | None):
@@ -160,6 +167,7 @@ def test_compile(planned: bool, dynamic: bool | None):
             torch.testing.assert_close(got, expected)
 
 
+@TRACING
 def test_compile_with_inductor():
     torch._dynamo.reset()
     compiled = torch.compile(layers, fullgraph=True, dynamic=True)
@@ -196,7 +204,9 @@ def test_a_raw_op_has_no_gradient_and_warns():
     batch = make_batch([5, 3])
     plan = gapless.VarlenPlan.make(batch.cu_seqlens_q).tensors
     q = batch.q.requires_grad_()
-    out, _ = _native.varlen_attention_fwd(q, batch.k, batch.v, plan, None, None, None, None, [0.25, 0.0], [-1, -1])
+    out, _ = _native.varlen_attention_fwd(
+        q, batch.k, batch.v, plan, None, None, None, None, [0.25, 0.0], [-1, -1]
+    )
     with pytest.warns(UserWarning, match="an autograd kernel was not registered"):
         out.sum().backward()
 

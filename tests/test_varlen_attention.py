@@ -41,6 +41,7 @@ class Case(NamedTuple):
     dim: int = 24
     dim_v: int | None = None
     options: dict[str, Any] = {}
+    reason: str | None = None  # why the budget is twice as wide
 
     def batch(self, dtype: torch.dtype, **how: Any) -> Batch:
         return make_batch(
@@ -49,6 +50,9 @@ class Case(NamedTuple):
 
 
 CAUSAL = {"causal": True}
+ONE_KEY = (
+    "with one key to a row, dout . v - delta cancels to rounding that the reference's softmax does not have"
+)
 SLOPES = torch.tensor([0.5, 0.0625])
 
 CASES = [
@@ -57,8 +61,8 @@ CASES = [
     Case("mixed_causal", MIXED, options=CAUSAL),
     Case("long", [513, 200, 1]),
     Case("long_causal", [1, 513, 0, 200], options=CAUSAL),
-    Case("one_token", [1], options=CAUSAL),
-    Case("single_tokens", [1] * 7, options=CAUSAL),
+    Case("one_token", [1], options=CAUSAL, reason=ONE_KEY),
+    Case("single_tokens", [1] * 7, options=CAUSAL, reason=ONE_KEY),
     # Queries and keys of different lengths, both ways: bottom right.
     Case("fewer_queries", [1, 3, 16, 65], [7, 64, 17, 200], options=CAUSAL),
     Case("more_queries", [7, 64, 17, 200], [1, 3, 16, 65], options=CAUSAL),
@@ -81,9 +85,10 @@ CASES = [
     Case("dim_64_1", [17, 66], dim=64, dim_v=1),
     Case("dim_1_256", [3, 20], dim=1, dim_v=256),
     # Windows.
+    Case("window_0_0", [1, 50, 130], options={"window": (0, 0)}, reason=ONE_KEY),
     *(
         Case(f"window_{left}_{right}", [1, 50, 130], options={"window": (left, right)})
-        for left, right in ((0, 0), (3, -1), (-1, 5), (17, 2), (0, -1), (-1, 0), (1000, 1000))
+        for left, right in ((3, -1), (-1, 5), (17, 2), (0, -1), (-1, 0), (1000, 1000))
     ),
     Case("window_causal", [1, 50, 300], options={"window": (33, -1), "causal": True}),
     Case("window_causal_clips_right", [1, 50, 130], options={"window": (7, 9), "causal": True}),
@@ -127,7 +132,8 @@ def test_forward_and_backward(case: Case, dtype: torch.dtype):
     actual = attend(native, batch, **case.options)
     assert actual.out.dtype == dtype
     assert actual.lse.dtype == batch.dlse.dtype
-    assert_results(actual, *oracle_and_witness(batch, **case.options))
+    wider = {"factor": 4.0, "reason": case.reason} if case.reason and dtype != FP64 else {}
+    assert_results(actual, *oracle_and_witness(batch, **case.options), **wider)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,7 +141,9 @@ def test_non_contiguous(dtype: torch.dtype):
     case = BY_ID["everything"]
     scattered, plain = case.batch(dtype, non_contiguous=True), case.batch(dtype)
     assert not any(x.is_contiguous() for x in (scattered.q, scattered.k, scattered.v, scattered.dout))
-    for got, want in zip(attend(native, scattered, **case.options), attend(native, plain, **case.options), strict=True):
+    for got, want in zip(
+        attend(native, scattered, **case.options), attend(native, plain, **case.options), strict=True
+    ):
         assert torch.equal(got, want)
 
 
@@ -432,7 +440,8 @@ def test_nan_reaches_the_rows_that_see_it_and_no_others(where: str, dtype: torch
     assert torch.equal(got.lse[:, ~sees], want.lse[:, ~sees])
 
 
-def test_nan_value_reaches_the_rows_that_see_it():
+def test_nan_in_a_value_stays_in_its_column():
+    """Weights of 0 times NaN are NaN: it may reach rows of its sequence that do not see it, as in the reference."""
     clean, bad = make_batch([150]), make_batch([150])
     bad.v[70, :, 3] = torch.nan
     want, got = attend(native, clean, grad=False, causal=True), attend(native, bad, grad=False, causal=True)
@@ -449,7 +458,9 @@ def test_score_of_minus_infinity_is_a_key_not_seen(dtype: torch.dtype):
     batch.k[4] = -torch.inf
     got = attend(native, batch, grad=False)
     rest = [i for i in range(18) if i != 4]
-    fewer = Batch(**{**vars(batch), "k": batch.k[rest], "v": batch.v[rest], "cu_seqlens_k": torch.tensor([0, 8, 17])})
+    fewer = Batch(
+        **{**vars(batch), "k": batch.k[rest], "v": batch.v[rest], "cu_seqlens_k": torch.tensor([0, 8, 17])}
+    )
     assert_results(got, *oracle_and_witness(fewer, grad=False))
 
 
@@ -471,7 +482,12 @@ def test_huge_scores_do_not_overflow(size: float, dtype: torch.dtype):
     options = {"scale": size / 16, "causal": True}
     got = attend(native, batch, **options)
     assert all(x.isfinite().all() for x in got[:5])
-    assert_results(got, *oracle_and_witness(batch, **options))
+    oracle, witness = oracle_and_witness(batch, **options)
+    # In float64 the oracle itself is no better than that.
+    how = {"factor": 1e4, "reason": "weights made again from a rounded LSE are off by eps * 1e4"}
+    assert_results(got, oracle, witness, **how)
+    if dtype != FP64:
+        assert_results(type(got)(got.out, got.lse), type(got)(*oracle[:2]), type(got)(*witness[:2]))
 
 
 # Strides and offsets beyond 2^31 elements.
@@ -558,7 +574,9 @@ def test_decode_has_the_same_bits_for_any_number_of_threads_and_any_company(thre
         assert identical(alone, (results[0][0][i : i + 1], results[0][1][:, i : i + 1]))
 
 
-def take(batch: Batch, order: list[int], lengths_q: list[int], lengths_k: list[int]) -> tuple[Batch, list, list]:
+def take(
+    batch: Batch, order: list[int], lengths_q: list[int], lengths_k: list[int]
+) -> tuple[Batch, list, list]:
     """The sequences of ``order``, and the token indices they had."""
     starts_q, starts_k = ([sum(n[:i]) for i in range(len(n))] for n in (lengths_q, lengths_k))
     index_q = [starts_q[i] + t for i in order for t in range(lengths_q[i])]
@@ -624,6 +642,10 @@ def test_lengths_changed_in_place_are_seen():
 def test_integer_types_of_cu_seqlens(dtype: torch.dtype):
     batch = make_batch([5, 3], [4, 9])
     wide = Batch(
-        **{**vars(batch), "cu_seqlens_q": batch.cu_seqlens_q.to(dtype), "cu_seqlens_k": batch.cu_seqlens_k.to(dtype)}
+        **{
+            **vars(batch),
+            "cu_seqlens_q": batch.cu_seqlens_q.to(dtype),
+            "cu_seqlens_k": batch.cu_seqlens_k.to(dtype),
+        }
     )
     assert identical(attend(native, wide), attend(native, batch))

@@ -55,16 +55,23 @@ std::pair<int64_t, int64_t> tile_keys(const VarlenParams& p, const int32_t* tile
     return {begin, std::max(begin, end)};
 }
 
-/// Runs body(0), ..., body(count - 1), each once, handed out in this order to whichever thread is free.
+/// Runs body(0), ..., body(count - 1), each once, handed out in this order and in groups of `together` to whichever
+/// thread is free.
 template <class Body>
-void in_order(int64_t count, const OnEveryThread& threads, const Body& body) {
-    if (count == 1) return body(0);
-    if (count == 0) return;
+void in_order(int64_t count, int64_t together, const OnEveryThread& threads, const Body& body) {
     std::atomic<int64_t> next{0};
-    threads([&] {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
-    });
+    const auto work = [&] {
+        for (int64_t i; (i = next.fetch_add(together, std::memory_order_relaxed)) < count;)
+            for (int64_t j = i; j < std::min(count, i + together); ++j) body(j);
+    };
+    if (count <= together)
+        work();
+    else
+        threads(work);
 }
+
+/// Heads of one tile lie beside each other in memory: with many small tiles, one thread takes all of them.
+int64_t heads_together(int64_t tiles, int64_t heads) { return tiles >= 128 ? heads : 1; }
 
 }  // namespace
 
@@ -125,12 +132,12 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEve
         return partials.get() + (kv_head * partial_rows + row) * row_bytes;
     };
     const Kernels& k = kernels();
-    in_order(int64_t(parts.size()) * p.kv_heads, threads, [&](int64_t i) {
+    in_order(int64_t(parts.size()) * p.kv_heads, heads_together(int64_t(parts.size()), p.kv_heads), threads, [&](int64_t i) {
         const Part& part = parts[i / p.kv_heads];
         const int32_t head = int32_t(i % p.kv_heads);
         k.varlen_forward(p, {part.tile, head, part.begin, part.end, part.partial < 0 ? nullptr : address(part.partial, head)});
     });
-    in_order(int64_t(merges.size()) * p.kv_heads, threads, [&](int64_t i) {
+    in_order(int64_t(merges.size()) * p.kv_heads, 1, threads, [&](int64_t i) {
         const Merge& merge = merges[i / p.kv_heads];
         const int32_t head = int32_t(i % p.kv_heads);
         k.varlen_merge(p, {merge.tile, head, address(merge.partial, head), merge.parts});
@@ -141,7 +148,7 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
     const VarlenParams& p = b.forward;
     const Kernels& k = kernels();
     constexpr int64_t kDeltaTokens = 256;
-    in_order((p.total_q + kDeltaTokens - 1) / kDeltaTokens, threads, [&](int64_t i) {
+    in_order((p.total_q + kDeltaTokens - 1) / kDeltaTokens, 1, threads, [&](int64_t i) {
         k.varlen_delta(b, i * kDeltaTokens, std::min(p.total_q, (i + 1) * kDeltaTokens));
     });
 
@@ -178,7 +185,7 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
         units[u].rows = (p.cu_seqlens_q[sequence + 1] - p.cu_seqlens_q[sequence]) * group;
         for (int32_t i = 0; i < tiles; ++i) items.push_back({int64_t(u), i});
     }
-    in_order(int64_t(items.size()), threads, [&](int64_t i) {
+    in_order(int64_t(items.size()), heads_together(int64_t(runs.size()), p.kv_heads), threads, [&](int64_t i) {
         Unit& unit = units[items[i].unit];
         const bool shared = unit.tiles > 1;
         if (shared) {
@@ -200,7 +207,7 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
     const auto at = [&](const void* x, int64_t i) {
         return p.dtype == DType::kFloat64 ? static_cast<const double*>(x)[i] : double(static_cast<const float*>(x)[i]);
     };
-    in_order(p.heads, threads, [&](int64_t head) {
+    in_order(p.heads, 1, threads, [&](int64_t head) {
         double sum = 0;
         for (int64_t i = head * p.total_q; i < (head + 1) * p.total_q; ++i)
             sum -= std::exp(p.sinks[head] - at(p.lse, i)) * at(b.delta, i);

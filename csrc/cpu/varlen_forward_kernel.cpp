@@ -2,6 +2,7 @@
 // Attention forward, transposed: queries lie in the lanes of vectors, keys run down the rows. Then keys and values are
 // read as they lie in memory, one scalar at a time, softmax needs no horizontal operation, and a mask is a comparison of
 // lanes. Online softmax as in FlashAttention-2 (arXiv:2307.08691), in units of log2.
+#include "csrc/cpu/amx_tiles.h"
 #include "csrc/cpu/gemm_tiles.h"
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/scores.h"
@@ -10,17 +11,191 @@
 namespace gapless::cpu::GAPLESS_ISA {
 namespace {
 
-constexpr int64_t kTileKeys = 128;   // scores of a strip stay in L1
+constexpr int64_t kTileKeys = 128;     // scores of a strip stay in L1
 constexpr int64_t kSharingRows = 512;  // rows that share one packing of keys and values; their state stays in L2
+constexpr int kStripVecs = kMaxVecs;
 
+/// Part of a strip: its panel of queries, scores, exponentials and outputs, all `width` lanes wide.
+template <class T>
+struct Strip {
+    const void* queries;
+    T* scores;  // of the tile's keys; the exponentials take their place, in the products' own layout
+    T* out;     // [dim_v][width]
+    T* factor;  // what is in `out` has to be multiplied by, per lane
+    int64_t width;
+};
+
+/// Products by fused multiply-add, for any type: keys and values are widened only if they have to be.
 template <class E>
+class VectorProducts {
+  public:
+    using T = typename Compute<E>::type;
+
+    explicit VectorProducts(const VarlenParams& p) : p(p), in_place(sizeof(E) == sizeof(T) && !p.block_table) {}
+
+    static int64_t panel_bytes(const VarlenParams& p, int64_t rows) { return rows * p.dim * sizeof(T); }
+    static int64_t out_width(const VarlenParams& p) { return p.dim_v; }
+    void carve(Carver& c) {
+        key_tile = c.take<T>(in_place ? 0 : kTileKeys * padded<T>(p.dim));
+        value_tile = c.take<T>(in_place ? 0 : kTileKeys * padded<T>(p.dim_v));
+    }
+
+    void pack_queries(const E* const* rows, int64_t count, void* panel, int64_t width) const {
+        transpose_rows(rows, count, p.dim, T(1), static_cast<T*>(panel), width);
+    }
+    void pack_keys(const E* const* key_rows, const E* const* value_rows, int64_t count) {
+        keys = widened(key_rows, count, p.dim, p.k.token_stride, key_tile, &key_stride);
+        values = widened(value_rows, count, p.dim_v, p.v.token_stride, value_tile, &value_stride);
+    }
+
+    template <class View>
+    static int split(const View& view, int64_t from, int64_t to, Segment* segments) {
+        return view.split(from, to, segments);
+    }
+
+    void scores(const Strip<T>& strip, const Segment& s, int64_t from) const {
+        const int64_t at = s.begin - from, lane = s.vec_begin * kLanes<T>;
+        gemm<Init::kZero, T>({keys + at * key_stride, key_stride, 1, static_cast<const T*>(strip.queries) + lane, strip.width,
+                              strip.scores + at * strip.width + lane, strip.width, p.dim, nullptr},
+                             s.end - s.begin, s.vec_end - s.vec_begin);
+    }
+
+    /// exp2(score * factor - base) of a segment, added up per lane.
+    template <int n>
+    static void exponentials(T* block, int64_t width, int64_t keys, T factor, const Vec<T>* base, Vec<T>* sum) {
+        constexpr int w = kLanes<T>;
+        constexpr int64_t kRun = 16;  // one long chain of additions would lose bits that the LSE needs
+        for (int64_t from = 0; from < keys; from += kRun) {
+            Vec<T> run[n] = {};
+            for (int64_t k = from; k < least(keys, from + kRun); ++k, block += width)
+#pragma GCC unroll 4
+                for (int v = 0; v < n; ++v) {
+                    const Vec<T> e = vexp2(load(block + v * w) * factor - base[v]);
+                    run[v] += e;
+                    store(block + v * w, e);
+                }
+            for (int v = 0; v < n; ++v) sum[v] += run[v];
+        }
+    }
+
+    void outputs(const Strip<T>& strip, const Segment* segments, int count, int64_t from, int vecs) const {
+        // The first segment's product rescales what is there, if it has every vector; else that takes a round of its own.
+        const bool fused = segments[0].vec_begin == 0 && segments[0].vec_end == vecs;
+        if (!fused) rescale(strip, p.dim_v, vecs);
+        for (int i = 0; i < count; ++i) {
+            const Segment& s = segments[i];
+            const int64_t at = s.begin - from, lane = s.vec_begin * kLanes<T>;
+            const Gemm<T> g{values + at * value_stride, 1, value_stride, strip.scores + at * strip.width + lane, strip.width,
+                            strip.out + lane, strip.width, s.end - s.begin, strip.factor + lane};
+            if (fused && i == 0)
+                gemm<Init::kScale>(g, p.dim_v, s.vec_end - s.vec_begin);
+            else
+                gemm<Init::kAdd>(g, p.dim_v, s.vec_end - s.vec_begin);
+        }
+    }
+
+    static void rescale(const Strip<T>& strip, int64_t dim_v, int vecs) {
+        for (int64_t i = 0; i < dim_v; ++i)
+            for (int64_t lane = 0; lane < vecs * kLanes<T>; lane += kLanes<T>) {
+                T* o = strip.out + i * strip.width + lane;
+                store(o, load(o) * load(strip.factor + lane));
+            }
+    }
+
+  private:
+    const VarlenParams& p;
+    const bool in_place;
+    T *key_tile, *value_tile;
+    const T *keys, *values;
+    int64_t key_stride, value_stride;
+
+    const T* widened(const E* const* rows, int64_t count, int64_t width, int64_t token_stride, T* tile, int64_t* stride) const {
+        *stride = in_place ? token_stride : padded<T>(width);
+        if (in_place) return reinterpret_cast<const T*>(rows[0]);
+        for (int64_t i = 0; i < count; ++i) copy_row(rows[i], tile + i * *stride, width);
+        return tile;
+    }
+};
+
+#if defined(__AMX_BF16__)
+/// Products of bfloat16 on tile registers. Whole strips and padded tiles only, so there is one segment, of all vectors;
+/// the exponentials, rounded to bfloat16, are pairs of keys.
+class TileProducts {
+  public:
+    using T = float;
+
+    explicit TileProducts(const VarlenParams& p) : p(p) {}
+
+    static int64_t panel_bytes(const VarlenParams& p, int64_t rows) { return rows * round_up(p.dim, kTileDepth) * 2; }
+    static int64_t out_width(const VarlenParams& p) { return round_up(p.dim_v, kTile); }
+    void carve(Carver& c) {
+        keys = c.take<bf16>(kTileKeys * round_up(p.dim, kTileDepth));
+        values = c.take<bf16>(kTileKeys * out_width(p));
+        pairs = c.take<uint32_t>(kTileKeys / 2 * kStripVecs * kTile);
+    }
+
+    void pack_queries(const bf16* const* rows, int64_t count, void* panel, int64_t width) const {
+        pack_lanes(rows, count, p.dim, static_cast<uint32_t*>(panel), width);
+    }
+    void pack_keys(const bf16* const* key_rows, const bf16* const* value_rows, int64_t count) {
+        pack_rows(key_rows, count, p.dim, keys);
+        pack_columns(value_rows, count, p.dim_v, values, kTileKeys);
+    }
+
+    template <class View>
+    static int split(const View& view, int64_t from, int64_t to, Segment* segments) {
+        to = least(to, view.end());
+        if (from >= to || to <= view.begin()) return 0;
+        segments[0] = {from, to, 0, view.vecs, view.cuts(from, to)};
+        return 1;
+    }
+
+    void scores(const Strip<float>& strip, const Segment& s, int64_t) const {
+        const int64_t depth = round_up(p.dim, kTileDepth);
+        multiply({keys, depth, static_cast<const uint32_t*>(strip.queries), strip.width, strip.scores, strip.width,
+                  s.end - s.begin, strip.width, depth, false});
+    }
+
+    template <int n>
+    void exponentials(const float* block, int64_t width, int64_t count, float factor, const Vec<float>* base,
+                      Vec<float>* sum) const {
+        uint32_t* to = pairs;
+        for (int64_t k = 0; k < count; k += 2, block += 2 * width, to += width)
+#pragma GCC unroll 4
+            for (int v = 0; v < n; ++v) {
+                const Vec<float> even = vexp2<4>(load(block + v * kTile) * factor - base[v]);
+                const Vec<float> odd =
+                    k + 1 < count ? vexp2<4>(load(block + width + v * kTile) * factor - base[v]) : Vec<float>{};
+                sum[v] += even + odd;
+                _mm512_storeu_si512(to + v * kTile, round_pairs(even, odd));
+            }
+        std::memset(to, 0, (round_up(count, kTileDepth) - round_up(count, 2)) / 2 * width * sizeof(uint32_t));
+    }
+
+    void outputs(const Strip<float>& strip, const Segment* segments, int, int64_t, int vecs) const {
+        bool same = true;
+        for (int v = 0; v < vecs; ++v)
+            same &= _mm512_cmpeq_ps_mask((__m512)load(strip.factor + v * kTile), _mm512_set1_ps(1)) == 0xffff;
+        if (!same) VectorProducts<float>::rescale(strip, p.dim_v, vecs);
+        multiply({values, kTileKeys, pairs, strip.width, strip.out, strip.width, out_width(p), strip.width,
+                  round_up(segments[0].end - segments[0].begin, kTileDepth), true});
+    }
+
+  private:
+    const VarlenParams& p;
+    const Tiles tiles;
+    bf16 *keys, *values;  // [keys][dim], [dim_v][keys]
+    uint32_t* pairs;
+};
+#endif
+
+template <class E, class Products>
 class Forward {
   public:
     using T = typename Compute<E>::type;
-    static constexpr int kStripVecs = kMaxVecs;
     static constexpr int64_t kStripRows = kStripVecs * kLanes<T>;
 
-    Forward(const VarlenParams& params, const ForwardItem& item) : p(params), item(item) {
+    Forward(const VarlenParams& params, const ForwardItem& item) : p(params), item(item), products(params) {
         const int32_t* tile = p.tiles + 3 * item.tile;
         sequence = tile[0];
         group = p.heads / p.kv_heads;
@@ -30,6 +205,7 @@ class Forward {
         first_key = cu_k[0];
         map = {group, cu_q[1] - cu_q[0], p.seqused_k ? p.seqused_k[sequence] : cu_k[1] - cu_k[0], p.left, p.right};
         row_begin = tile[1] * group, row_end = tile[2] * group;
+        rewritten = p.softcap > 0 || p.alibi_slopes || !(p.scale > 0);
     }
 
     void run() {
@@ -43,32 +219,34 @@ class Forward {
   private:
     const VarlenParams& p;
     const ForwardItem& item;
+    Products products;
     int64_t sequence, group, first_token, first_key, row_begin, row_end;
     RowMap map;
+    bool rewritten;  // scores are more than the dot product times a positive factor
 
-    T *queries, *out, *top, *sum, *scores, *factor, *key_tile, *value_tile;
-    const E** query_rows;
+    char* queries;
+    T *out, *top, *sum, *scores, *factor;
+    const E **query_rows, **key_rows, **value_rows;
     E** out_rows;
     T** lse_of_row;
     Lanes<T> lanes;
 
     void carve(Carver& c) {
         const int64_t rows = least(kSharingRows, padded<T>(row_end - row_begin));
-        queries = c.take<T>(rows * p.dim);
-        out = c.take<T>(rows * p.dim_v);
+        queries = c.take<char>(Products::panel_bytes(p, rows));
+        out = c.take<T>(rows * Products::out_width(p));
         top = c.take<T>(rows);
         sum = c.take<T>(rows);
         factor = c.take<T>(kStripRows);
         scores = c.take<T>(kTileKeys * kStripRows);
         query_rows = c.take<const E*>(rows);
+        key_rows = c.take<const E*>(kTileKeys);
+        value_rows = c.take<const E*>(kTileKeys);
         out_rows = c.take<E*>(rows);
         lse_of_row = c.take<T*>(rows);
         lanes.carve(c, rows);
-        key_tile = c.take<T>(reads_in_place(p.k) ? 0 : kTileKeys * padded<T>(p.dim));
-        value_tile = c.take<T>(reads_in_place(p.v) ? 0 : kTileKeys * padded<T>(p.dim_v));
+        products.carve(c);
     }
-
-    bool reads_in_place(const Packed&) const { return sizeof(E) == sizeof(T) && !p.block_table; }
 
     const E* key_row(const Packed& x, int64_t page_stride, int64_t key) const {
         const E* base = static_cast<const E*>(x.data) + item.kv_head * x.head_stride;
@@ -77,30 +255,29 @@ class Forward {
         return base + page * page_stride + key % p.page_size * x.token_stride;
     }
 
-    /// Keys [from, to) as rows that the matrix multiplication can read, and their stride.
-    const T* widened(const Packed& x, int64_t page_stride, int64_t from, int64_t to, int64_t width, T* tile,
-                     int64_t* stride) const {
-        if (reads_in_place(x)) {
-            *stride = x.token_stride;
-            return reinterpret_cast<const T*>(key_row(x, page_stride, from));
+    /// Finds a tile's keys and values and starts to bring them near: rows of one head lie too far apart for the hardware
+    /// to foresee.
+    void locate(int64_t from, int64_t to) const {
+        constexpr int64_t kLine = 64 / sizeof(E);
+        for (int64_t key = from; key < to; ++key) {
+            const E *k = key_row(p.k, p.k_page_stride, key), *v = key_row(p.v, p.v_page_stride, key);
+            key_rows[key - from] = k, value_rows[key - from] = v;
+            for (int64_t i = 0; i < p.dim; i += kLine) __builtin_prefetch(k + i, 0, 2);
+            for (int64_t i = 0; i < p.dim_v; i += kLine) __builtin_prefetch(v + i, 0, 2);
         }
-        *stride = padded<T>(width);
-        for (int64_t key = from; key < to; ++key) copy_row(key_row(x, page_stride, key), tile + (key - from) * *stride, width);
-        return tile;
     }
 
     void block(int64_t row, int64_t rows) {
-        lanes.fill(p, map, sequence, item.kv_head, row, rows, kLog2e);
-        start(row, rows);
         const int64_t begin = most(item.key_begin, map.begin(row));
         const int64_t end = least(item.key_end, map.end(row + rows - 1));
+        locate(begin, least(end, begin + kTileKeys));
+        lanes.fill(p, map, sequence, item.kv_head, row, rows, kLog2e);
+        start(row, rows);
         for (int64_t from = begin; from < end; from += kTileKeys) {
             const int64_t to = least(end, from + kTileKeys);
-            int64_t key_stride, value_stride;
-            const T* keys = widened(p.k, p.k_page_stride, from, to, p.dim, key_tile, &key_stride);
-            const T* values = widened(p.v, p.v_page_stride, from, to, p.dim_v, value_tile, &value_stride);
-            for (int64_t at = 0; at < rows; at += kStripRows)
-                strip(row, at, least(kStripRows, rows - at), from, to, keys, key_stride, values, value_stride);
+            products.pack_keys(key_rows, value_rows, to - from);
+            locate(to, least(end, to + kTileKeys));
+            for (int64_t at = 0; at < rows; at += kStripRows) strip(row, at, least(kStripRows, rows - at), from, to);
         }
         for (int64_t at = 0; at < rows; at += kStripRows) finish(row, at, least(kStripRows, rows - at));
     }
@@ -121,60 +298,49 @@ class Forward {
         for (int64_t i = rows; i < padded<T>(rows); ++i) top[i] = -kInfinity<T>, sum[i] = 0;
         for (int64_t at = 0; at < rows; at += kStripRows) {
             const int64_t count = least(kStripRows, rows - at);
-            transpose_rows(query_rows + at, count, p.dim, T(query_factor(p, kLog2e)), queries + at * p.dim, padded<T>(count));
+            products.pack_queries(query_rows + at, count, queries + Products::panel_bytes(p, at), padded<T>(count));
         }
-        std::memset(out, 0, padded<T>(rows) * p.dim_v * sizeof(T));
+        std::memset(out, 0, padded<T>(rows) * Products::out_width(p) * sizeof(T));
     }
 
-    void strip(int64_t row, int64_t at, int64_t rows, int64_t from, int64_t to, const T* keys, int64_t key_stride,
-               const T* values, int64_t value_stride) {
+    void strip(int64_t row, int64_t at, int64_t rows, int64_t from, int64_t to) {
         constexpr int w = kLanes<T>;
         const StripView<T, kStripVecs> view(map, row + at, rows);
         Segment segments[view.kMaxSegments];
-        const int count = view.split(from, to, segments);
+        const int count = Products::split(view, from, to, segments);
         if (count == 0) return;
-        const int64_t width = padded<T>(rows);
-        const T* panel = queries + at * p.dim;
-        T* o = out + at * p.dim_v;
+        const Strip<T> strip{queries + Products::panel_bytes(p, at), scores, out + at * Products::out_width(p), factor,
+                             padded<T>(rows)};
+        const T unit = rewritten ? T(1) : T(query_factor(p, kLog2e));
 
-        Vec<T> old_top[kStripVecs], new_top[kStripVecs];
-        for (int v = 0; v < view.vecs; ++v) new_top[v] = old_top[v] = load(top + at + v * w);
+        Vec<T> best[kStripVecs], base[kStripVecs], part[kStripVecs];
+        for (int v = 0; v < view.vecs; ++v) best[v] = splat(-kInfinity<T>);
         for (int i = 0; i < count; ++i) {
             const Segment& s = segments[i];
-            T* block = scores + (s.begin - from) * width + s.vec_begin * w;
-            gemm<Init::kZero, T>({keys + (s.begin - from) * key_stride, key_stride, 1, panel + s.vec_begin * w, width, block,
-                                  width, p.dim, nullptr},
-                                 s.end - s.begin, s.vec_end - s.vec_begin);
-            if (s.partial || p.softcap > 0 || p.alibi_slopes) modify(s, at, block, width);
-            by_width(s, [&]<int n>() { largest<n>(block, width, s.end - s.begin, new_top + s.vec_begin); });
+            products.scores(strip, s, from);
+            T* block = scores + (s.begin - from) * strip.width + s.vec_begin * w;
+            if (s.partial || rewritten) modify(s, at, block, strip.width);
+            by_width(s, [&]<int n>() { largest<n>(block, strip.width, s.end - s.begin, best + s.vec_begin); });
         }
-        Vec<T> base[kStripVecs], part[kStripVecs];
         for (int v = 0; v < view.vecs; ++v) {
-            base[v] = new_top[v] == -kInfinity<T> ? Vec<T>{} : new_top[v];
-            const Vec<T> f = vexp2(old_top[v] - base[v]);
+            const Vec<T> old_top = load(top + at + v * w), new_top = vmax<T>(best[v] * unit, old_top);
+            base[v] = new_top == -kInfinity<T> ? Vec<T>{} : new_top;
+            const Vec<T> f = vexp2(old_top - base[v]);
             store(factor + v * w, f);
-            store(top + at + v * w, new_top[v]);
+            store(top + at + v * w, new_top);
             part[v] = load(sum + at + v * w) * f;
         }
-        // The first segment's product rescales what is there, if it has every vector; else that takes a round of its own.
-        const bool fused = segments[0].vec_begin == 0 && segments[0].vec_end == view.vecs;
-        if (!fused)
-            for (int64_t i = 0; i < p.dim_v; ++i)
-                for (int v = 0; v < view.vecs; ++v)
-                    store(o + i * width + v * w, load(o + i * width + v * w) * load(factor + v * w));
         for (int i = 0; i < count; ++i) {
             const Segment& s = segments[i];
-            T* block = scores + (s.begin - from) * width + s.vec_begin * w;
+            T* block = scores + (s.begin - from) * strip.width + s.vec_begin * w;
             by_width(s, [&]<int n>() {
-                exponentials<n>(block, width, s.end - s.begin, base + s.vec_begin, part + s.vec_begin);
+                Vec<T> b[n], total[n];
+                for (int v = 0; v < n; ++v) b[v] = base[s.vec_begin + v], total[v] = part[s.vec_begin + v];
+                products.template exponentials<n>(block, strip.width, s.end - s.begin, unit, b, total);
+                for (int v = 0; v < n; ++v) part[s.vec_begin + v] = total[v];
             });
-            const Gemm<T> g{values + (s.begin - from) * value_stride, 1, value_stride, block, width, o + s.vec_begin * w,
-                            width, s.end - s.begin, factor + s.vec_begin * w};
-            if (fused && i == 0)
-                gemm<Init::kScale>(g, p.dim_v, s.vec_end - s.vec_begin);
-            else
-                gemm<Init::kAdd>(g, p.dim_v, s.vec_end - s.vec_begin);
         }
+        products.outputs(strip, segments, count, from, view.vecs);
         for (int v = 0; v < view.vecs; ++v) store(sum + at + v * w, part[v]);
     }
 
@@ -201,35 +367,15 @@ class Forward {
         for (int v = 0; v < n; ++v) top[v] = best[v];
     }
 
-    template <int n>
-    static void exponentials(T* block, int64_t width, int64_t keys, const Vec<T>* base, Vec<T>* sum) {
-        constexpr int w = kLanes<T>;
-        constexpr int64_t kRun = 16;  // one long chain of additions would lose bits that the LSE needs
-        Vec<T> b[n], total[n];
-        for (int v = 0; v < n; ++v) b[v] = base[v], total[v] = sum[v];
-        for (int64_t from = 0; from < keys; from += kRun) {
-            Vec<T> run[n] = {};
-            for (int64_t k = from; k < least(keys, from + kRun); ++k, block += width)
-#pragma GCC unroll 4
-                for (int v = 0; v < n; ++v) {
-                    const Vec<T> e = vexp2(load(block + v * w) - b[v]);
-                    run[v] += e;
-                    store(block + v * w, e);
-                }
-            for (int v = 0; v < n; ++v) total[v] += run[v];
-        }
-        for (int v = 0; v < n; ++v) sum[v] = total[v];
-    }
-
     void modify(const Segment& s, int64_t at, T* block, int64_t width) const {
         constexpr int w = kLanes<T>;
-        const bool scored = p.softcap > 0 || p.alibi_slopes;
+        const T unit = T(query_factor(p, kLog2e)), cap = T(p.softcap * kLog2e);
         for (int64_t key = s.begin; key < s.end; ++key, block += width)
             for (int v = s.vec_begin; v < s.vec_end; ++v) {
                 T* cell = block + (v - s.vec_begin) * w;
                 const int64_t lane = at + v * w;
                 Vec<T> x = load(cell), tangent;
-                if (scored) x = modify_score<T>(x, lanes, lane, key, T(p.softcap * kLog2e), &tangent);
+                if (rewritten) x = modify_score<T>(x * unit, lanes, lane, key, cap, &tangent);
                 if (s.partial) x = sees<T>(lanes, lane, key) ? x : splat(-kInfinity<T>);
                 store(cell, x);
             }
@@ -238,7 +384,6 @@ class Forward {
     void finish(int64_t row, int64_t at, int64_t rows) {
         constexpr int w = kLanes<T>;
         const int64_t width = padded<T>(rows);
-        const T* o = out + at * p.dim_v;
         if (item.partial) return keep_partial(row, at, rows);
         T lse[kStripRows];
         for (int64_t i = 0; i < rows; i += w) {
@@ -247,7 +392,7 @@ class Forward {
             const Vec<T> l = (load(top + at + i) + vlog2(s)) * T(kLn2);
             store(lse + i, s == T(0) ? splat(-kInfinity<T>) : l);
         }
-        untranspose_rows(o, width, factor, out_rows + at, rows, p.dim_v);
+        untranspose_rows(out + at * Products::out_width(p), width, factor, out_rows + at, rows, p.dim_v);
         for (int64_t i = 0; i < rows; ++i) *lse_of_row[at + i] = lse[i];
     }
 
@@ -255,7 +400,7 @@ class Forward {
         const int64_t width = padded<T>(rows), stride = p.dim_v + 2;
         T* to = static_cast<T*>(item.partial) + (row + at - row_begin) * stride;
         for (int64_t i = 0; i < rows; ++i, to += stride) {
-            for (int64_t d = 0; d < p.dim_v; ++d) to[d] = out[at * p.dim_v + d * width + i];
+            for (int64_t d = 0; d < p.dim_v; ++d) to[d] = out[at * Products::out_width(p) + d * width + i];
             to[p.dim_v] = top[at + i], to[p.dim_v + 1] = sum[at + i];
         }
     }
@@ -264,7 +409,10 @@ class Forward {
 }  // namespace
 
 void varlen_forward(const VarlenParams& p, const ForwardItem& item) {
-    by_dtype(p.dtype, [&]<class E>() { Forward<E>(p, item).run(); });
+#if defined(__AMX_BF16__)
+    if (p.dtype == DType::kBFloat16) return Forward<bf16, TileProducts>(p, item).run();
+#endif
+    by_dtype(p.dtype, [&]<class E>() { Forward<E, VectorProducts<E>>(p, item).run(); });
 }
 
 /// One row of a tile from its parts, in their order.

@@ -53,6 +53,13 @@ struct StripView {
     int64_t begin() const { return first_begin[0]; }
     int64_t end() const { return last_end[vecs - 1]; }
 
+    /// Some row does not see some key of [from, to).
+    bool cuts(int64_t from, int64_t to) const {
+        bool partial = false;
+        for (int v = 0; v < vecs; ++v) partial |= from < last_begin[v] || to > first_end[v];
+        return partial;
+    }
+
     int split(int64_t from, int64_t to, Segment* out) const {
         from = most(from, begin()), to = least(to, end());
         int count = 0;

@@ -52,6 +52,7 @@ def plots(result: dict) -> dict[str, Figure]:
     ):
         steps = runs[kind]["steps"]
         axes.plot([s["step"] + 1 for s in steps], [s["loss"] for s in steps], label=NAMES[kind], **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel("nats per byte")
     axes.legend(frameon=False)

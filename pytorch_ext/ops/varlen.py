@@ -230,6 +230,8 @@ def _check(q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, 
         raise ValueError(f"window is {tuple(window)}: it has to be (left, right), each -1 or at least 0")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap is {softcap}: it has to be 0 (none) or positive")
+    if cu_seqlens_q.dim() != 1:
+        raise ValueError(f"cu_seqlens_q has shape {list(cu_seqlens_q.shape)}: it has to be [batch + 1]")
     batch = cu_seqlens_q.shape[0] - 1
     if alibi_slopes is not None:
         if alibi_slopes.requires_grad:

@@ -86,7 +86,8 @@ class VarlenPlan:
         block_q = default_q if block_q is None else block_q
         block_k = default_k if block_k is None else block_k
         host_q = _host(cu_seqlens_q, "cu_seqlens_q", total_q)
-        host_k = host_q if cu_seqlens_k is None else _host(cu_seqlens_k, "cu_seqlens_k", total_k)
+        # A copy: Dynamo does not trace an autograd.Function that is given one tensor twice.
+        host_k = host_q.clone() if cu_seqlens_k is None else _host(cu_seqlens_k, "cu_seqlens_k", total_k)
         if host_q.shape != host_k.shape:
             raise ValueError(
                 f"cu_seqlens_k has {host_k.shape[0]} entries, cu_seqlens_q has {host_q.shape[0]}: "

@@ -13,12 +13,12 @@ ABSURD_PAGE = 2147480000  # an unused table entry: reading it is a wild read
 
 
 class Pages(NamedTuple):
-    """Paged keys and values: k, v [num_pages, page_size, kv_heads, dim], block_table [batch, max_pages], seqused_k [batch]."""
+    """Paged keys and values."""
 
-    k: Tensor
-    v: Tensor
-    block_table: Tensor
-    seqused_k: Tensor
+    k: Tensor  # [num_pages, page_size, kv_heads, dim]
+    v: Tensor  # [num_pages, page_size, kv_heads, dim_v]
+    block_table: Tensor  # int32 [batch, max_pages]
+    seqused_k: Tensor  # int32 [batch]
 
 
 def scatter_pages(

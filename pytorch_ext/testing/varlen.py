@@ -119,7 +119,9 @@ def attend(
         return Results(out, lse)
     targets = leaves if sinks is None else [*leaves, sinks]
     pairs = [(out, batch.dout), (lse, batch.dlse)] if dlse else [(out, batch.dout)]
-    pairs = [(x, dx) for x, dx in pairs if x.requires_grad]  # the reference of an empty batch touches no input
+    pairs = [
+        (x, dx) for x, dx in pairs if x.requires_grad
+    ]  # the reference of an empty batch touches no input
     found = [torch.zeros_like(x) for x in targets]
     if pairs:
         outputs, gradients = zip(*pairs, strict=True)
