@@ -36,10 +36,10 @@ TABLE = {
     ("fwd", 128, 4): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
     ("fwd", 256, 4): (Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(32, 32, 8, 2)),
     ("dq", 64, 4): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
-    ("dq", 128, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    ("dq", 128, 4): (Config(32, 32, 8, 1), Config(32, 16, 8, 2), Config(32, 32, 8, 1)),
     ("dq", 256, 4): (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(32, 16, 8, 1)),
     ("dkdv", 64, 4): (Config(32, 64, 8, 1), Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
-    ("dkdv", 128, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    ("dkdv", 128, 4): (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1)),
     ("dkdv", 256, 4): (Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 32, 8, 1)),
 }
 # Small blocks, so that small inputs have several.

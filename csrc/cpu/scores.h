@@ -30,7 +30,7 @@ struct Lanes {
     }
 
     void fill(const VarlenParams& p, const RowMap& map, int64_t sequence, int64_t kv_head, int64_t row, int64_t rows,
-              double unit) {
+              int64_t lanes, double unit) {
         const float* slopes = p.alibi_slopes ? p.alibi_slopes + sequence * p.alibi_batch_stride + kv_head * map.group : nullptr;
         int64_t member = row % map.group, at = map.position(row);
         for (int64_t i = 0; i < rows; ++i) {
@@ -38,7 +38,7 @@ struct Lanes {
             slope[i] = slopes ? T(slopes[member] * unit) : T(0);
             if (++member == map.group) member = 0, ++at;
         }
-        for (int64_t i = rows; i < padded<T>(rows); ++i) begin[i] = end[i] = position[i] = 0, slope[i] = 0;
+        for (int64_t i = rows; i < lanes; ++i) begin[i] = end[i] = position[i] = 0, slope[i] = 0;
     }
 };
 

@@ -6,6 +6,7 @@
 // mask cuts off.
 #include <sched.h>
 
+#include "csrc/cpu/amx_tiles.h"
 #include "csrc/cpu/gemm_tiles.h"
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/scores.h"
@@ -23,13 +24,236 @@ constexpr int64_t kBlockRows = 96;
 constexpr int64_t kBlockRows = 64;
 #endif
 
+/// What turns a score and the gradient of its probability into the probability and the gradient of the score.
+template <class T>
+struct Cells {
+    const VarlenParams* p;
+    T *lse, *delta;
+    Lanes<T> lanes;
+
+    template <bool kScored, bool kMasked>
+    GAPLESS_INLINE void operator()(int64_t key, int64_t lane, Vec<T>* score, Vec<T>* gradient) const {
+        Vec<T> x = *score * T(query_factor(*p, 1)), tangent;
+        if constexpr (kScored) x = modify_score<T>(x, lanes, lane, key, T(p->softcap), &tangent);
+        Vec<T> e = vexp2((x - load(lse + lane)) * T(kLog2e));
+        Vec<T> d = e * (*gradient - load(delta + lane));
+        if constexpr (kScored)
+            if (p->softcap > 0) d *= T(1) - tangent * tangent;
+        if constexpr (kMasked) {
+            const IVec<T> seen = sees<T>(lanes, lane, key);
+            e = seen ? e : Vec<T>{};
+            d = seen ? d : Vec<T>{};
+        }
+        *score = e, *gradient = d;
+    }
+
+    /// Calls f with the two flags that a segment needs, as constants.
+    template <class F>
+    GAPLESS_INLINE void by_kind(bool partial, const F& f) const {
+        if (p->softcap > 0 || p->alibi_slopes)
+            f.template operator()<true, true>();
+        else if (partial)
+            f.template operator()<false, true>();
+        else
+            f.template operator()<false, false>();
+    }
+};
+
+/// The five products by fused multiply-add, for any type.
 template <class E>
-class Backward {
+class VectorGradients {
   public:
     using T = typename Compute<E>::type;
     static constexpr int kVecs = kBlockRows / kLanes<T>;
+    using View = StripView<T, kVecs>;
 
-    Backward(const VarlenBackwardParams& params, const BackwardItem& item) : b(params), p(params.forward), item(item) {
+    explicit VectorGradients(const VarlenParams& p) : p(p), dim(padded<T>(p.dim)), dim_v(padded<T>(p.dim_v)) {}
+
+    static int64_t width(int64_t rows) { return padded<T>(rows); }
+    static int64_t dq_width(const VarlenParams& p) { return p.dim; }
+
+    void carve(Carver& c, int64_t keys, int64_t lanes) {
+        key_tile = c.take<T>(kInPlace ? 0 : keys * dim);
+        value_tile = c.take<T>(kInPlace ? 0 : keys * dim_v);
+        dk = c.take<T>(keys * dim), dv = c.take<T>(keys * dim_v);
+        query_panel = c.take<T>(lanes * p.dim), dout_panel = c.take<T>(lanes * p.dim_v);
+        query_rows = c.take<T>(lanes * dim), dout_rows = c.take<T>(lanes * dim_v);
+        probabilities = c.take<T>(kStepKeys * lanes);
+        dscores = c.take<T>(keys * lanes);
+    }
+
+    void pack_keys(const E* const* k_rows, const E* const* v_rows, int64_t keys) {
+        k = widened(k_rows, keys, p.dim, p.k.token_stride, key_tile, &k_stride);
+        v = widened(v_rows, keys, p.dim_v, p.v.token_stride, value_tile, &v_stride);
+        std::memset(dk, 0, keys * dim * sizeof(T));
+        std::memset(dv, 0, keys * dim_v * sizeof(T));
+    }
+
+    void pack_block(const E* const* q_rows, const E* const* dout, int64_t count, int64_t lanes) {
+        transpose_rows(q_rows, count, p.dim, T(1), query_panel, lanes);
+        transpose_rows(dout, count, p.dim_v, T(1), dout_panel, lanes);
+        for (int64_t i = 0; i < count; ++i) {
+            copy_row(q_rows[i], query_rows + i * dim, p.dim);
+            copy_row(dout[i], dout_rows + i * dim_v, p.dim_v);
+        }
+        std::memset(query_rows + count * dim, 0, (lanes - count) * dim * sizeof(T));
+        std::memset(dout_rows + count * dim_v, 0, (lanes - count) * dim_v * sizeof(T));
+    }
+
+    /// Keys [from, to), counted from the tile's first, which is key `origin`: adds to dk and dv, keeps the scores' gradients.
+    void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes, const Cells<T>& cells) {
+        Segment segments[View::kMaxSegments];
+        const int count = view.split(origin + from, origin + to, segments);
+        for (int i = 0; i < count; ++i) {
+            const Segment& s = segments[i];
+            const int64_t n = s.end - s.begin, at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
+            const int64_t vecs = s.vec_end - s.vec_begin, depth = vecs * kLanes<T>;
+            T *ps = probabilities + lane, *ds = dscores + at * lanes + lane;
+            gemm<Init::kZero, T>({k + at * k_stride, k_stride, 1, query_panel + lane, lanes, ps, lanes, p.dim, nullptr}, n, vecs);
+            gemm<Init::kZero, T>({v + at * v_stride, v_stride, 1, dout_panel + lane, lanes, ds, lanes, p.dim_v, nullptr}, n, vecs);
+            cells.by_kind(s.partial, [&]<bool kScored, bool kMasked>() {
+                for (int64_t key = 0; key < n; ++key)
+                    for (int64_t l = 0; l < depth; l += kLanes<T>) {
+                        Vec<T> x = load(ps + key * lanes + l), d = load(ds + key * lanes + l);
+                        cells.template operator()<kScored, kMasked>(s.begin + key, lane + l, &x, &d);
+                        store(ps + key * lanes + l, x);
+                        store(ds + key * lanes + l, d);
+                    }
+            });
+            gemm<Init::kAdd, T>({ps, lanes, 1, dout_rows + lane * dim_v, dim_v, dv + at * dim_v, dim_v, depth, nullptr}, n,
+                                dim_v / kLanes<T>);
+            gemm<Init::kAdd, T>({ds, lanes, 1, query_rows + lane * dim, dim, dk + at * dim, dim, depth, nullptr}, n,
+                                dim / kLanes<T>);
+        }
+    }
+
+    /// Adds what keys [from, to) give to dq, [dim][lanes].
+    void add_dq(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes, T* dq) const {
+        for (int64_t step = from; step < to; step += kStepKeys) {
+            Segment segments[View::kMaxSegments];
+            const int count = view.split(origin + step, origin + least(to, step + kStepKeys), segments);
+            for (int i = 0; i < count; ++i) {
+                const Segment& s = segments[i];
+                const int64_t at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
+                gemm<Init::kAdd, T>({k + at * k_stride, 1, k_stride, dscores + at * lanes + lane, lanes, dq + lane, lanes,
+                                     s.end - s.begin, nullptr},
+                                    p.dim, s.vec_end - s.vec_begin);
+            }
+        }
+    }
+
+    const T* dk_row(int64_t key) const { return dk + key * dim; }
+    const T* dv_row(int64_t key) const { return dv + key * dim_v; }
+
+  private:
+    static constexpr bool kInPlace = sizeof(E) == sizeof(T);
+    const VarlenParams& p;
+    const int64_t dim, dim_v;
+    T *key_tile, *value_tile, *dk, *dv, *query_panel, *dout_panel, *query_rows, *dout_rows, *probabilities, *dscores;
+    const T *k, *v;
+    int64_t k_stride, v_stride;
+
+    static const T* widened(const E* const* rows, int64_t count, int64_t width, int64_t token_stride, T* tile, int64_t* stride) {
+        *stride = kInPlace ? token_stride : padded<T>(width);
+        if (kInPlace) return reinterpret_cast<const T*>(rows[0]);
+        for (int64_t i = 0; i < count; ++i) copy_row(rows[i], tile + i * *stride, width);
+        return tile;
+    }
+};
+
+#if defined(__AMX_BF16__)
+/// The five products of bfloat16 on tile registers: whole blocks of rows and steps of keys, padded with zeros.
+class TileGradients {
+  public:
+    using T = float;
+    using View = StripView<float, kBlockRows / kTile>;
+
+    explicit TileGradients(const VarlenParams& p)
+        : p(p), dim(round_up(p.dim, kTile)), dim_v(round_up(p.dim_v, kTile)), depth(round_up(p.dim, kTileDepth)),
+          depth_v(round_up(p.dim_v, kTileDepth)) {}
+
+    static int64_t width(int64_t rows) { return round_up(rows, kTileDepth); }
+    static int64_t dq_width(const VarlenParams& p) { return round_up(p.dim, kTile); }
+
+    void carve(Carver& c, int64_t keys, int64_t lanes) {
+        padded_keys = round_up(keys, kStepKeys);
+        k = c.take<bf16>(padded_keys * depth), v = c.take<bf16>(padded_keys * depth_v);
+        k_columns = c.take<bf16>(padded_keys * dim);
+        dk = c.take<float>(padded_keys * dim), dv = c.take<float>(padded_keys * dim_v);
+        query_panel = c.take<uint32_t>(lanes * depth / 2), dout_panel = c.take<uint32_t>(lanes * depth_v / 2);
+        query_pairs = c.take<uint32_t>(lanes * dim / 2), dout_pairs = c.take<uint32_t>(lanes * dim_v / 2);
+        scores = c.take<float>(kStepKeys * lanes), gradients = c.take<float>(kStepKeys * lanes);
+        probabilities = c.take<bf16>(kStepKeys * lanes), dscores = c.take<bf16>(kStepKeys * lanes);
+        dscore_pairs = c.take<uint32_t>(padded_keys / 2 * lanes);
+    }
+
+    void pack_keys(const bf16* const* k_rows, const bf16* const* v_rows, int64_t keys) {
+        pack_rows(k_rows, keys, p.dim, k);
+        pack_rows(v_rows, keys, p.dim_v, v);
+        pack_columns(k_rows, keys, p.dim, k_columns, padded_keys);
+        std::memset(dk, 0, padded_keys * dim * sizeof(float));
+        std::memset(dv, 0, padded_keys * dim_v * sizeof(float));
+    }
+
+    void pack_block(const bf16* const* q_rows, const bf16* const* dout, int64_t count, int64_t lanes) {
+        pack_lanes(q_rows, count, p.dim, query_panel, lanes);
+        pack_lanes(dout, count, p.dim_v, dout_panel, lanes);
+        pack_pairs(q_rows, count, p.dim, query_pairs, lanes);
+        pack_pairs(dout, count, p.dim_v, dout_pairs, lanes);
+    }
+
+    void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes, const Cells<float>& cells) {
+        const int64_t n = to - from, rows = round_up(n, kTileDepth);
+        multiply({k + from * depth, depth, query_panel, lanes, scores, lanes, n, lanes, depth, false});
+        multiply({v + from * depth_v, depth_v, dout_panel, lanes, gradients, lanes, n, lanes, depth_v, false});
+        uint32_t* pairs = dscore_pairs + from / 2 * lanes;
+        cells.by_kind(view.cuts(origin + from, origin + to), [&]<bool kScored, bool kMasked>() {
+            for (int64_t key = 0; key < rows; key += 2)
+                for (int64_t l = 0; l < lanes; l += kTile) {
+                    Vec<float> e[2] = {}, d[2] = {};
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        if (key + i >= n) break;
+                        e[i] = load(scores + (key + i) * lanes + l), d[i] = load(gradients + (key + i) * lanes + l);
+                        cells.template operator()<kScored, kMasked>(origin + from + key + i, l, &e[i], &d[i]);
+                    }
+                    for (int i = 0; i < 2; ++i) {
+                        store_narrow(probabilities + (key + i) * lanes + l, e[i]);
+                        store_narrow(dscores + (key + i) * lanes + l, d[i]);
+                    }
+                    _mm512_storeu_si512(pairs + key / 2 * lanes + l, round_pairs(d[0], d[1]));
+                }
+        });
+        multiply({probabilities, lanes, dout_pairs, dim_v, dv + from * dim_v, dim_v, n, dim_v, lanes, true});
+        multiply({dscores, lanes, query_pairs, dim, dk + from * dim, dim, n, dim, lanes, true});
+    }
+
+    void add_dq(const View&, int64_t, int64_t from, int64_t to, int64_t lanes, float* dq) const {
+        multiply({k_columns + from, padded_keys, dscore_pairs + from / 2 * lanes, lanes, dq, lanes, dim, lanes,
+                  round_up(to - from, kTileDepth), true});
+    }
+
+    const float* dk_row(int64_t key) const { return dk + key * dim; }
+    const float* dv_row(int64_t key) const { return dv + key * dim_v; }
+
+  private:
+    const VarlenParams& p;
+    const int64_t dim, dim_v, depth, depth_v;  // widths of results, and of sums
+    const Tiles tiles;
+    int64_t padded_keys;
+    bf16 *k, *v, *k_columns, *probabilities, *dscores;
+    float *dk, *dv, *scores, *gradients;
+    uint32_t *query_panel, *dout_panel, *query_pairs, *dout_pairs, *dscore_pairs;
+};
+#endif
+
+template <class E, class Gradients>
+class Backward {
+  public:
+    using T = typename Compute<E>::type;
+
+    Backward(const VarlenBackwardParams& params, const BackwardItem& item)
+        : b(params), p(params.forward), item(item), gradients(params.forward) {
         const int32_t* tile = p.tiles + 3 * (item.first_tile + item.tile);
         sequence = tile[0], key_begin = tile[1], keys = tile[2] - tile[1];
         group = p.heads / p.kv_heads;
@@ -45,75 +269,48 @@ class Backward {
         carve(sizes);
         Carver memory(scratch(sizes.used()));
         carve(memory);
-        const T* k = rows_of(p.k, p.dim, key_tile, &key_stride);
-        const T* v = rows_of(p.v, p.dim_v, value_tile, &value_stride);
-        std::memset(dk, 0, keys * dim_pad() * sizeof(T));
-        std::memset(dv, 0, keys * dim_v_pad() * sizeof(T));
+        for (int64_t i = 0; i < keys; ++i) k_rows[i] = key_row(p.k, i), v_rows[i] = key_row(p.v, i);
+        gradients.pack_keys(k_rows, v_rows, keys);
         for (int64_t row = (rows - 1) / kBlockRows * kBlockRows; row >= 0; row -= kBlockRows)
-            block(row, least(kBlockRows, rows - row), k, v);
-        write_keys(b.dk, dk, dim_pad(), p.dim, T(p.scale));
-        write_keys(b.dv, dv, dim_v_pad(), p.dim_v, T(1));
+            block(row, least(kBlockRows, rows - row));
+        for (int64_t i = 0; i < keys; ++i) {
+            write_row(key_row(b.dk, i), gradients.dk_row(i), p.dim, T(p.scale));
+            write_row(key_row(b.dv, i), gradients.dv_row(i), p.dim_v, T(1));
+        }
     }
 
   private:
     const VarlenBackwardParams& b;
     const VarlenParams& p;
     const BackwardItem& item;
-    int64_t sequence, key_begin, keys, group, first_token, first_key, rows, key_stride, value_stride;
+    Gradients gradients;
+    int64_t sequence, key_begin, keys, group, first_token, first_key, rows;
     RowMap map;
 
-    T *key_tile, *value_tile, *dk, *dv;
-    T *query_panel, *dout_panel, *query_rows, *dout_rows;  // [dim][rows], [dim_v][rows], [rows][dim], [rows][dim_v]
-    T *p_step, *ds, *dq, *lse, *delta, *factor;
-    const E **query_of_row, **dout_of_row;
-    E** dq_of_row;
-    Lanes<T> lanes;
-
-    int64_t dim_pad() const { return padded<T>(p.dim); }
-    int64_t dim_v_pad() const { return padded<T>(p.dim_v); }
-    static constexpr bool kInPlace = sizeof(E) == sizeof(T);
+    const E **k_rows, **v_rows, **query_rows, **dout_rows;
+    E** dq_rows;
+    T *dq, *factor;
+    Cells<T> cells;
 
     void carve(Carver& c) {
-        key_tile = c.take<T>(kInPlace ? 0 : keys * dim_pad());
-        value_tile = c.take<T>(kInPlace ? 0 : keys * dim_v_pad());
-        dk = c.take<T>(keys * dim_pad());
-        dv = c.take<T>(keys * dim_v_pad());
-        const int64_t n = least(kBlockRows, padded<T>(rows));
-        query_panel = c.take<T>(n * p.dim);
-        dout_panel = c.take<T>(n * p.dim_v);
-        query_rows = c.take<T>(n * dim_pad());
-        dout_rows = c.take<T>(n * dim_v_pad());
-        p_step = c.take<T>(kStepKeys * n);
-        ds = c.take<T>(keys * n);
-        dq = c.take<T>(n * p.dim);
-        lse = c.take<T>(n);
-        delta = c.take<T>(n);
-        factor = c.take<T>(n);
-        query_of_row = c.take<const E*>(n);
-        dout_of_row = c.take<const E*>(n);
-        dq_of_row = c.take<E*>(n);
-        lanes.carve(c, n);
+        const int64_t lanes = Gradients::width(least(kBlockRows, rows));
+        gradients.carve(c, keys, lanes);
+        k_rows = c.take<const E*>(keys), v_rows = c.take<const E*>(keys);
+        query_rows = c.take<const E*>(lanes), dout_rows = c.take<const E*>(lanes);
+        dq_rows = c.take<E*>(lanes);
+        dq = c.take<T>(lanes * Gradients::dq_width(p));
+        factor = c.take<T>(lanes);
+        cells.p = &p;
+        cells.lse = c.take<T>(lanes), cells.delta = c.take<T>(lanes);
+        cells.lanes.carve(c, lanes);
     }
 
     E* key_row(const Packed& x, int64_t key) const {
-        return static_cast<E*>(x.data) + item.kv_head * x.head_stride + (first_key + key) * x.token_stride;
+        return static_cast<E*>(x.data) + item.kv_head * x.head_stride + (first_key + key_begin + key) * x.token_stride;
     }
 
-    const T* rows_of(const Packed& x, int64_t width, T* tile, int64_t* stride) const {
-        if constexpr (kInPlace) {
-            *stride = x.token_stride;
-            return key_row(x, key_begin);
-        } else {
-            *stride = padded<T>(width);
-            for (int64_t i = 0; i < keys; ++i) copy_row<E>(key_row(x, key_begin + i), tile + i * *stride, width);
-            return tile;
-        }
-    }
-
-    void write_keys(const Packed& to, const T* from, int64_t stride, int64_t width, T scale) const {
-        for (int64_t i = 0; i < keys; ++i)
-            for (int64_t d = 0; d < width; d += kLanes<T>)
-                store_row(key_row(to, key_begin + i), d, width, load(from + i * stride + d) * scale);
+    static void write_row(E* to, const T* from, int64_t width, T scale) {
+        for (int64_t d = 0; d < width; d += kLanes<T>) store_row(to, d, width, load(from + d) * scale);
     }
 
     /// Which of the sequence's tiles see a block of rows: how many before this one, and whether it is the last.
@@ -133,128 +330,59 @@ class Backward {
         return turn;
     }
 
-    void block(int64_t row, int64_t count, const T* k, const T* v) {
-        const int64_t begin = map.begin(row), end = map.end(row + count - 1);
+    void block(int64_t row, int64_t count) {
+        const int64_t begin = map.begin(row), end = map.end(row + count - 1), lanes = Gradients::width(count);
         const Turn turn = turn_of(begin, end);
-        const int64_t from = most(begin, key_begin), to = least(end, key_begin + keys), width = padded<T>(count);
-        if (from >= to) {
-            // Nobody sees these rows, or others do.
-            if (!turn.any && item.tile == 0) {
-                point(row, count);
-                std::memset(dq, 0, width * p.dim * sizeof(T));
-                write_dq(dq, count, width);
-            }
-            return;
+        if (!turn.any && item.tile == 0) {  // nobody sees these rows: their gradient is 0, and somebody has to write it
+            locate(row, count, lanes);
+            std::memset(dq, 0, lanes * Gradients::dq_width(p) * sizeof(T));
+            return write_dq(dq, count, lanes);
         }
-        point(row, count);
-        lanes.fill(p, map, sequence, item.kv_head, row, count, 1);
-        transpose_rows(query_of_row, count, p.dim, T(query_factor(p, 1)), query_panel, width);
-        transpose_rows(dout_of_row, count, p.dim_v, T(1), dout_panel, width);
-        for (int64_t i = 0; i < width; ++i) {
-            if (i < count) {
-                copy_row<E>(query_of_row[i], query_rows + i * dim_pad(), p.dim);
-                copy_row<E>(dout_of_row[i], dout_rows + i * dim_v_pad(), p.dim_v);
-            } else {
-                std::memset(query_rows + i * dim_pad(), 0, dim_pad() * sizeof(T));
-                std::memset(dout_rows + i * dim_v_pad(), 0, dim_v_pad() * sizeof(T));
-            }
-        }
-        const StripView<T, kVecs> view(map, row, count);
-        for (int64_t step = from; step < to; step += kStepKeys) {
-            Segment segments[view.kMaxSegments];
-            const int n = view.split(step, least(to, step + kStepKeys), segments);
-            for (int i = 0; i < n; ++i) segment(segments[i], width, k, v);
-        }
+        // Steps begin at the same keys for every block, and are whole but for the last.
+        const int64_t from = most(0, begin - key_begin) / kStepKeys * kStepKeys;
+        const int64_t to = least(keys, round_up_to_step(end - key_begin));
+        if (least(end, key_begin + keys) <= most(begin, key_begin)) return;
+        locate(row, count, lanes);
+        cells.lanes.fill(p, map, sequence, item.kv_head, row, count, lanes, 1);
+        gradients.pack_block(query_rows, dout_rows, count, lanes);
+        const typename Gradients::View view(map, row, count);
+        for (int64_t step = from; step < to; step += kStepKeys)
+            gradients.step(view, key_begin, step, least(to, step + kStepKeys), lanes, cells);
 
-        T* sum = item.dq ? static_cast<T*>(item.dq) + row * p.dim : dq;
+        T* sum = item.dq ? static_cast<T*>(item.dq) + row * Gradients::dq_width(p) : dq;
         int32_t* at = item.dq ? item.turn + row / kBlockRows : nullptr;
         if (item.dq)
             for (int spins = 0; __atomic_load_n(at, __ATOMIC_ACQUIRE) != turn.before;)
                 if (++spins > 1000) sched_yield();
-        if (turn.before == 0) std::memset(sum, 0, width * p.dim * sizeof(T));
-        for (int64_t step = from; step < to; step += kStepKeys) {
-            Segment segments[view.kMaxSegments];
-            const int n = view.split(step, least(to, step + kStepKeys), segments);
-            for (int i = 0; i < n; ++i) {
-                const Segment& s = segments[i];
-                const int64_t lane = s.vec_begin * kLanes<T>;
-                gemm<Init::kAdd, T>({k + (s.begin - key_begin) * key_stride, 1, key_stride,
-                                     ds + (s.begin - key_begin) * width + lane, width, sum + lane, width, s.end - s.begin,
-                                     nullptr},
-                                    p.dim, s.vec_end - s.vec_begin);
-            }
-        }
-        if (turn.last) write_dq(sum, count, width);
+        if (turn.before == 0) std::memset(sum, 0, lanes * Gradients::dq_width(p) * sizeof(T));
+        gradients.add_dq(view, key_begin, from, to, lanes, sum);
+        if (turn.last) write_dq(sum, count, lanes);
         if (item.dq) __atomic_store_n(at, turn.before + 1, __ATOMIC_RELEASE);
     }
 
+    static int64_t round_up_to_step(int64_t n) { return (n + kStepKeys - 1) / kStepKeys * kStepKeys; }
+
     /// Where each row of the block lies in memory, its LSE and its delta.
-    void point(int64_t row, int64_t count) {
+    void locate(int64_t row, int64_t count, int64_t lanes) {
         int64_t token = first_token + map.query(row), member = row % group;
         const T* lse_in = static_cast<const T*>(p.lse);
         const T* delta_in = static_cast<const T*>(b.delta);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t head = item.kv_head * group + member;
-            query_of_row[i] = static_cast<const E*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
-            dout_of_row[i] = static_cast<const E*>(b.dout.data) + token * b.dout.token_stride + head * b.dout.head_stride;
-            dq_of_row[i] = static_cast<E*>(b.dq.data) + token * b.dq.token_stride + head * b.dq.head_stride;
+            query_rows[i] = static_cast<const E*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
+            dout_rows[i] = static_cast<const E*>(b.dout.data) + token * b.dout.token_stride + head * b.dout.head_stride;
+            dq_rows[i] = static_cast<E*>(b.dq.data) + token * b.dq.token_stride + head * b.dq.head_stride;
             const T l = lse_in[head * p.total_q + token];
-            lse[i] = l == -kInfinity<T> ? kInfinity<T> : l;  // a row that saw nothing: every exp gives 0
-            delta[i] = delta_in[head * p.total_q + token];
+            cells.lse[i] = l == -kInfinity<T> ? kInfinity<T> : l;  // a row that saw nothing: every exp gives 0
+            cells.delta[i] = delta_in[head * p.total_q + token];
             if (++member == group) member = 0, ++token;
         }
-        for (int64_t i = count; i < padded<T>(count); ++i) lse[i] = kInfinity<T>, delta[i] = 0;
+        for (int64_t i = count; i < lanes; ++i) cells.lse[i] = kInfinity<T>, cells.delta[i] = 0;
     }
 
-    void segment(const Segment& s, int64_t width, const T* k, const T* v) {
-        const int64_t n = s.end - s.begin, at = s.begin - key_begin, lane = s.vec_begin * kLanes<T>;
-        const int64_t vecs = s.vec_end - s.vec_begin, depth = vecs * kLanes<T>;
-        T* probabilities = p_step + lane;
-        T* dscores = ds + at * width + lane;
-        gemm<Init::kZero, T>({k + at * key_stride, key_stride, 1, query_panel + lane, width, probabilities, width, p.dim, nullptr},
-                             n, vecs);
-        gemm<Init::kZero, T>({v + at * value_stride, value_stride, 1, dout_panel + lane, width, dscores, width, p.dim_v, nullptr},
-                             n, vecs);
-        if (p.softcap > 0 || p.alibi_slopes)
-            cells<true, true>(s, probabilities, dscores, width);
-        else if (s.partial)
-            cells<false, true>(s, probabilities, dscores, width);
-        else
-            cells<false, false>(s, probabilities, dscores, width);
-        gemm<Init::kAdd, T>({probabilities, width, 1, dout_rows + lane * dim_v_pad(), dim_v_pad(), dv + at * dim_v_pad(),
-                             dim_v_pad(), depth, nullptr},
-                            n, dim_v_pad() / kLanes<T>);
-        gemm<Init::kAdd, T>({dscores, width, 1, query_rows + lane * dim_pad(), dim_pad(), dk + at * dim_pad(), dim_pad(),
-                             depth, nullptr},
-                            n, dim_pad() / kLanes<T>);
-    }
-
-    /// Scores to probabilities, their gradients to the scores' gradients, in place.
-    template <bool kScored, bool kMasked>
-    void cells(const Segment& s, T* probabilities, T* dscores, int64_t width) const {
-        constexpr int w = kLanes<T>;
-        for (int64_t key = s.begin; key < s.end; ++key, probabilities += width, dscores += width)
-            for (int v = s.vec_begin; v < s.vec_end; ++v) {
-                const int64_t lane = v * w, at = lane - s.vec_begin * w;
-                Vec<T> x = load(probabilities + at), tangent;
-                if constexpr (kScored) x = modify_score<T>(x, lanes, lane, key, T(p.softcap), &tangent);
-                Vec<T> e = vexp2((x - load(lse + lane)) * T(kLog2e));
-                Vec<T> d = e * (load(dscores + at) - load(delta + lane));
-                if constexpr (kScored)
-                    if (p.softcap > 0) d *= T(1) - tangent * tangent;
-                if constexpr (kMasked) {
-                    const IVec<T> seen = sees<T>(lanes, lane, key);
-                    e = seen ? e : Vec<T>{};
-                    d = seen ? d : Vec<T>{};
-                }
-                store(probabilities + at, e);
-                store(dscores + at, d);
-            }
-    }
-
-    void write_dq(const T* sum, int64_t count, int64_t width) {
-        for (int64_t i = 0; i < width; ++i) factor[i] = T(p.scale);
-        untranspose_rows(sum, width, factor, dq_of_row, count, p.dim);
+    void write_dq(const T* sum, int64_t count, int64_t lanes) {
+        for (int64_t i = 0; i < lanes; ++i) factor[i] = T(p.scale);
+        untranspose_rows(sum, lanes, factor, dq_rows, count, p.dim);
     }
 };
 
@@ -264,7 +392,10 @@ extern const int64_t backward_block_rows;
 const int64_t backward_block_rows = kBlockRows;
 
 void varlen_backward(const VarlenBackwardParams& b, const BackwardItem& item) {
-    by_dtype(b.forward.dtype, [&]<class E>() { Backward<E>(b, item).run(); });
+#if defined(__AMX_BF16__)
+    if (b.forward.dtype == DType::kBFloat16) return Backward<bf16, TileGradients>(b, item).run();
+#endif
+    by_dtype(b.forward.dtype, [&]<class E>() { Backward<E, VectorGradients<E>>(b, item).run(); });
 }
 
 void varlen_delta(const VarlenBackwardParams& b, int64_t begin, int64_t end) {

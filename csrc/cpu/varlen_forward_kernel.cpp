@@ -271,7 +271,7 @@ class Forward {
         const int64_t begin = most(item.key_begin, map.begin(row));
         const int64_t end = least(item.key_end, map.end(row + rows - 1));
         locate(begin, least(end, begin + kTileKeys));
-        lanes.fill(p, map, sequence, item.kv_head, row, rows, kLog2e);
+        lanes.fill(p, map, sequence, item.kv_head, row, rows, padded<T>(rows), kLog2e);
         start(row, rows);
         for (int64_t from = begin; from < end; from += kTileKeys) {
             const int64_t to = least(end, from + kTileKeys);

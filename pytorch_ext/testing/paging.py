@@ -58,4 +58,4 @@ def scatter_pages(
                 page[order[taken + j], :rows] = x[token : token + rows].detach()
             token += rows
         taken += count
-    return Pages(*pages, table, torch.tensor(lengths, dtype=torch.int32))
+    return Pages(pages[0], pages[1], table, torch.tensor(lengths, dtype=torch.int32))

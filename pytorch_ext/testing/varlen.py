@@ -122,7 +122,7 @@ def attend(
     pairs = [
         (x, dx) for x, dx in pairs if x.requires_grad
     ]  # the reference of an empty batch touches no input
-    found = [torch.zeros_like(x) for x in targets]
+    found: Sequence[Tensor] = [torch.zeros_like(x) for x in targets]
     if pairs:
         outputs, gradients = zip(*pairs, strict=True)
         found = torch.autograd.grad(outputs, targets, gradients, allow_unused=True, materialize_grads=True)
