@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From dot products to scores: softcap, ALiBi and the mask, for a strip of rows in its lanes. `unit` is what one natural
-// unit of a score counts: log2(e) in the forward pass, which saves a multiplication per exponential; 1 in the backward
-// pass, where a score is close to its row's LSE and so their difference is exact.
+// From dot products to scores: softcap, ALiBi and the mask, for a strip of rows in its lanes.
 #pragma once
 
 #include "csrc/cpu/panels.h"
@@ -9,12 +7,8 @@
 namespace gapless::cpu::GAPLESS_ISA {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
-/// What the dot products are multiplied by while the queries are packed.
-inline double query_factor(const VarlenParams& p, double unit) {
-    return p.softcap > 0 ? p.scale / p.softcap : p.scale * unit;
-}
+/// What a dot product is multiplied by: to a score, or to what the softcap takes.
+inline double score_factor(const VarlenParams& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale; }
 
 /// Per-lane facts of a strip of rows.
 template <class T>
@@ -30,20 +24,19 @@ struct Lanes {
     }
 
     void fill(const VarlenParams& p, const RowMap& map, int64_t sequence, int64_t kv_head, int64_t row, int64_t rows,
-              int64_t lanes, double unit) {
+              int64_t lanes) {
         const float* slopes = p.alibi_slopes ? p.alibi_slopes + sequence * p.alibi_batch_stride + kv_head * map.group : nullptr;
         int64_t member = row % map.group, at = map.position(row);
         for (int64_t i = 0; i < rows; ++i) {
             begin[i] = I(map.begin_at(at)), end[i] = I(map.end_at(at)), position[i] = I(at);
-            slope[i] = slopes ? T(slopes[member] * unit) : T(0);
+            slope[i] = slopes ? T(slopes[member]) : T(0);
             if (++member == map.group) member = 0, ++at;
         }
         for (int64_t i = rows; i < lanes; ++i) begin[i] = end[i] = position[i] = 0, slope[i] = 0;
     }
 };
 
-/// Scores of key `key` against one vector of rows, from their scaled dot products. `cap` is the softcap in score units;
-/// `*tangent` is tanh, if there is one.
+/// Scores of key `key` against one vector of rows, from their scaled dot products. `*tangent` is tanh, if there is a cap.
 template <class T>
 GAPLESS_INLINE Vec<T> modify_score(Vec<T> s, const Lanes<T>& lanes, int64_t lane, int64_t key, T cap, Vec<T>* tangent) {
     if (cap > 0) {

@@ -78,7 +78,7 @@ GAPLESS_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {
     return a > b ? a : b;
 }
 
-/// 2^f for f in [-0.5, 0.5]: Chebyshev fit of relative error 9e-8 (degree 5) or 3e-6 (degree 4).
+/// 2^f for f in [-0.5, 0.5]: minimax fit of relative error 9e-8 (degree 5) or 3e-6 (degree 4).
 template <int kDegree, class V>
 GAPLESS_INLINE V exp2_fraction(V f) {
     if constexpr (kDegree == 5) {
@@ -97,42 +97,46 @@ GAPLESS_INLINE V exp2_fraction(V f) {
     }
 }
 
-/// 2^x for x <= 128; exact 0 far below, NaN for NaN.
+constexpr float kLog2eFloat = 1.442695041f;
+
+/// e^x for x <= 88; exact 0 below -87, NaN for NaN.
 template <int kDegree = 5>
-GAPLESS_INLINE Vec<float> vexp2(Vec<float> x) {
+GAPLESS_INLINE Vec<float> vexp(Vec<float> x) {
 #if defined(__AVX512F__)
     // Lanes below the normal range are kept out of scalef: a subnormal result costs a microcode assist.
-    const __m512 low = _mm512_set1_ps(-126.0f), clamped = _mm512_max_ps(low, (__m512)x);
+    const __m512 low = _mm512_set1_ps(-87.0f), clamped = _mm512_max_ps(low, (__m512)x), log2e = _mm512_set1_ps(kLog2eFloat);
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, low, _CMP_NLT_UQ);
-    const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)exp2_fraction<kDegree>((Vec<float>)(clamped - whole)), whole);
+    const __m512 whole = _mm512_roundscale_ps(clamped * log2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 p = (__m512)exp2_fraction<kDegree>((Vec<float>)_mm512_fmsub_ps(clamped, log2e, whole));
+    return (Vec<float>)_mm512_maskz_scalef_ps(normal, p, whole);
 #else
-    const Vec<float> low = splat(-126.0f);
+    const Vec<float> low = splat(-87.0f);
     const Vec<float> clamped = x < low ? low : x;
-    const Vec<float> shifted = clamped + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
-    const Vec<float> p = exp2_fraction<kDegree>(clamped - (shifted - 12582912.0f));
+    const Vec<float> shifted = clamped * kLog2eFloat + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
+    const Vec<float> p = exp2_fraction<kDegree>(clamped * kLog2eFloat - (shifted - 12582912.0f));
     const Vec<float> y = (Vec<float>)((Vec<int32_t>)p + ((Vec<int32_t>)shifted << 23));
     return x < low ? Vec<float>{} : y;
 #endif
 }
 template <int kDegree = 5>
-GAPLESS_INLINE Vec<double> vexp2(Vec<double> x) {
-    for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
+GAPLESS_INLINE Vec<double> vexp(Vec<double> x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
     return x;
 }
 
 /// tanh through expm1, so that small arguments keep their relative precision.
 GAPLESS_INLINE Vec<float> vtanh(Vec<float> x) {
-    Vec<float> y = x * 2.885390081777927f;  // 2 log2(e): tanh x = (2^y - 1) / (2^y + 1)
+    Vec<float> y = x * (2 * kLog2eFloat);  // tanh x = (2^y - 1) / (2^y + 1)
     y = y > 40.0f ? splat(40.0f) : y;
     y = y < -40.0f ? splat(-40.0f) : y;
     const Vec<float> shifted = y + 12582912.0f;
     const Vec<float> f = y - (shifted - 12582912.0f);
-    Vec<float> p = splat(1.326472021e-3f);
-    p = p * f + 9.671513139e-3f;
-    p = p * f + 5.550733766e-2f;
-    p = p * f + 2.402224207e-1f;
-    p = p * f + 6.931469776e-1f;
+    Vec<float> p = splat(1.540351223e-4f);  // (2^f - 1) / f
+    p = p * f + 1.339073526e-3f;
+    p = p * f + 9.618237615e-3f;
+    p = p * f + 5.550357327e-2f;
+    p = p * f + 2.402264923e-1f;
+    p = p * f + 6.931471825e-1f;
     const Vec<float> whole = (Vec<float>)((Vec<int32_t>)splat(1.0f) + ((Vec<int32_t>)shifted << 23));
     const Vec<float> expm1 = whole * (p * f) + (whole - 1.0f);
     return expm1 / (expm1 + 2.0f);
@@ -142,16 +146,17 @@ GAPLESS_INLINE Vec<double> vtanh(Vec<double> x) {
     return x;
 }
 
-/// log2(x) for normal x > 0, through atanh((m - 1) / (m + 1)) on the mantissa m in [0.7, 1.4].
-GAPLESS_INLINE Vec<float> vlog2(Vec<float> x) {
+/// Natural logarithm of normal x > 0, through atanh((m - 1) / (m + 1)) on the mantissa m in [0.7, 1.4]; NaN for NaN.
+GAPLESS_INLINE Vec<float> vlog(Vec<float> x) {
     const Vec<int32_t> bits = (Vec<int32_t>)x, exponent = (bits - 0x3f3504f3) >> 23;
     const Vec<float> m = (Vec<float>)(bits - (exponent << 23));
     const Vec<float> t = (m - 1.0f) / (m + 1.0f), t2 = t * t;
     const Vec<float> series = (((t2 * (1 / 9.0f) + 1 / 7.0f) * t2 + 1 / 5.0f) * t2 + 1 / 3.0f) * t2 + 1.0f;
-    return __builtin_convertvector(exponent, Vec<float>) + t * series * 2.885390081777927f;
+    const Vec<float> y = __builtin_convertvector(exponent, Vec<float>) * 0.693147181f + 2.0f * t * series;
+    return x == x ? y : x;
 }
-GAPLESS_INLINE Vec<double> vlog2(Vec<double> x) {
-    for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log2(x[i]);
+GAPLESS_INLINE Vec<double> vlog(Vec<double> x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
     return x;
 }
 

@@ -175,9 +175,10 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
         else
             runs.emplace_back(int32_t(t), 1);
     }
+    // Kernels may pad dim to whole tiles of 16.
     std::vector<Unit> units(runs.size() * p.kv_heads);
     std::vector<Item> items;
-    const int64_t group = p.heads / p.kv_heads, row_bytes = p.dim * (p.dtype == DType::kFloat64 ? 8 : 4);
+    const int64_t group = p.heads / p.kv_heads, row_bytes = (p.dim + 15) / 16 * 16 * (p.dtype == DType::kFloat64 ? 8 : 4);
     for (size_t u = 0; u < units.size(); ++u) {
         const auto [first, tiles] = runs[u / p.kv_heads];
         const int32_t sequence = p.tiles[3 * first];

@@ -33,9 +33,9 @@ struct Cells {
 
     template <bool kScored, bool kMasked>
     GAPLESS_INLINE void operator()(int64_t key, int64_t lane, Vec<T>* score, Vec<T>* gradient) const {
-        Vec<T> x = *score * T(query_factor(*p, 1)), tangent;
+        Vec<T> x = *score * T(score_factor(*p)), tangent;
         if constexpr (kScored) x = modify_score<T>(x, lanes, lane, key, T(p->softcap), &tangent);
-        Vec<T> e = vexp2((x - load(lse + lane)) * T(kLog2e));
+        Vec<T> e = vexp(x - load(lse + lane));
         Vec<T> d = e * (*gradient - load(delta + lane));
         if constexpr (kScored)
             if (p->softcap > 0) d *= T(1) - tangent * tangent;
@@ -343,7 +343,7 @@ class Backward {
         const int64_t to = least(keys, round_up_to_step(end - key_begin));
         if (least(end, key_begin + keys) <= most(begin, key_begin)) return;
         locate(row, count, lanes);
-        cells.lanes.fill(p, map, sequence, item.kv_head, row, count, lanes, 1);
+        cells.lanes.fill(p, map, sequence, item.kv_head, row, count, lanes);
         gradients.pack_block(query_rows, dout_rows, count, lanes);
         const typename Gradients::View view(map, row, count);
         for (int64_t step = from; step < to; step += kStepKeys)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention forward, transposed: queries lie in the lanes of vectors, keys run down the rows. Then keys and values are
 // read as they lie in memory, one scalar at a time, softmax needs no horizontal operation, and a mask is a comparison of
-// lanes. Online softmax as in FlashAttention-2 (arXiv:2307.08691), in units of log2.
+// lanes. Online softmax as in FlashAttention-2 (arXiv:2307.08691).
 #include "csrc/cpu/amx_tiles.h"
 #include "csrc/cpu/gemm_tiles.h"
 #include "csrc/cpu/kernels.h"
@@ -60,7 +60,7 @@ class VectorProducts {
                              s.end - s.begin, s.vec_end - s.vec_begin);
     }
 
-    /// exp2(score * factor - base) of a segment, added up per lane.
+    /// exp(score * factor - base) of a segment, added up per lane.
     template <int n>
     static void exponentials(T* block, int64_t width, int64_t keys, T factor, const Vec<T>* base, Vec<T>* sum) {
         constexpr int w = kLanes<T>;
@@ -70,7 +70,7 @@ class VectorProducts {
             for (int64_t k = from; k < least(keys, from + kRun); ++k, block += width)
 #pragma GCC unroll 4
                 for (int v = 0; v < n; ++v) {
-                    const Vec<T> e = vexp2(load(block + v * w) * factor - base[v]);
+                    const Vec<T> e = vexp(load(block + v * w) * factor - base[v]);
                     run[v] += e;
                     store(block + v * w, e);
                 }
@@ -163,9 +163,9 @@ class TileProducts {
         for (int64_t k = 0; k < count; k += 2, block += 2 * width, to += width)
 #pragma GCC unroll 4
             for (int v = 0; v < n; ++v) {
-                const Vec<float> even = vexp2<4>(load(block + v * kTile) * factor - base[v]);
+                const Vec<float> even = vexp<4>(load(block + v * kTile) * factor - base[v]);
                 const Vec<float> odd =
-                    k + 1 < count ? vexp2<4>(load(block + width + v * kTile) * factor - base[v]) : Vec<float>{};
+                    k + 1 < count ? vexp<4>(load(block + width + v * kTile) * factor - base[v]) : Vec<float>{};
                 sum[v] += even + odd;
                 _mm512_storeu_si512(to + v * kTile, round_pairs(even, odd));
             }
@@ -271,7 +271,7 @@ class Forward {
         const int64_t begin = most(item.key_begin, map.begin(row));
         const int64_t end = least(item.key_end, map.end(row + rows - 1));
         locate(begin, least(end, begin + kTileKeys));
-        lanes.fill(p, map, sequence, item.kv_head, row, rows, padded<T>(rows), kLog2e);
+        lanes.fill(p, map, sequence, item.kv_head, row, rows, padded<T>(rows));
         start(row, rows);
         for (int64_t from = begin; from < end; from += kTileKeys) {
             const int64_t to = least(end, from + kTileKeys);
@@ -291,7 +291,7 @@ class Forward {
             lse_of_row[i] = static_cast<T*>(p.lse) + head * p.total_q + token;
             // The sink is one more score, of a key without a value. Of several parts of the keys, the first has it.
             const bool sink = p.sinks && item.key_begin == 0;
-            top[i] = sink ? T(p.sinks[head] * kLog2e) : -kInfinity<T>;
+            top[i] = sink ? T(p.sinks[head]) : -kInfinity<T>;
             sum[i] = sink ? 1 : 0;
             if (++member == group) member = 0, ++token;
         }
@@ -311,7 +311,7 @@ class Forward {
         if (count == 0) return;
         const Strip<T> strip{queries + Products::panel_bytes(p, at), scores, out + at * Products::out_width(p), factor,
                              padded<T>(rows)};
-        const T unit = rewritten ? T(1) : T(query_factor(p, kLog2e));
+        const T unit = rewritten ? T(1) : T(score_factor(p));
 
         Vec<T> best[kStripVecs], base[kStripVecs], part[kStripVecs];
         for (int v = 0; v < view.vecs; ++v) best[v] = splat(-kInfinity<T>);
@@ -325,7 +325,7 @@ class Forward {
         for (int v = 0; v < view.vecs; ++v) {
             const Vec<T> old_top = load(top + at + v * w), new_top = vmax<T>(best[v] * unit, old_top);
             base[v] = new_top == -kInfinity<T> ? Vec<T>{} : new_top;
-            const Vec<T> f = vexp2(old_top - base[v]);
+            const Vec<T> f = vexp(old_top - base[v]);
             store(factor + v * w, f);
             store(top + at + v * w, new_top);
             part[v] = load(sum + at + v * w) * f;
@@ -369,7 +369,7 @@ class Forward {
 
     void modify(const Segment& s, int64_t at, T* block, int64_t width) const {
         constexpr int w = kLanes<T>;
-        const T unit = T(query_factor(p, kLog2e)), cap = T(p.softcap * kLog2e);
+        const T unit = T(score_factor(p)), cap = T(p.softcap);
         for (int64_t key = s.begin; key < s.end; ++key, block += width)
             for (int v = s.vec_begin; v < s.vec_end; ++v) {
                 T* cell = block + (v - s.vec_begin) * w;
@@ -389,7 +389,7 @@ class Forward {
         for (int64_t i = 0; i < rows; i += w) {
             const Vec<T> s = load(sum + at + i);
             store(factor + i, s == T(0) ? Vec<T>{} : T(1) / s);
-            const Vec<T> l = (load(top + at + i) + vlog2(s)) * T(kLn2);
+            const Vec<T> l = load(top + at + i) + vlog(s);
             store(lse + i, s == T(0) ? splat(-kInfinity<T>) : l);
         }
         untranspose_rows(out + at * Products::out_width(p), width, factor, out_rows + at, rows, p.dim_v);
@@ -424,12 +424,12 @@ void merge_row(const VarlenParams& p, const T* part, int64_t parts, int64_t stri
     T sum = 0;
     T row[256] = {};
     for (int64_t i = 0; i < parts; ++i, part += stride) {
-        const T weight = vexp2(splat(part[p.dim_v] - base))[0];
+        const T weight = vexp(splat(part[p.dim_v] - base))[0];
         sum += part[p.dim_v + 1] * weight;
         for (int64_t d = 0; d < p.dim_v; ++d) row[d] += part[d] * weight;
     }
     for (int64_t d = 0; d < p.dim_v; ++d) narrow(sum == T(0) ? T(0) : row[d] / sum, out + d);
-    *lse = sum == T(0) ? -kInfinity<T> : (top + vlog2(splat(sum))[0]) * T(kLn2);
+    *lse = sum == T(0) ? -kInfinity<T> : top + vlog(splat(sum))[0];
 }
 
 void varlen_merge(const VarlenParams& p, const MergeItem& item) {
