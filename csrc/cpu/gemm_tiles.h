@@ -27,15 +27,7 @@ struct Gemm {
 template <class T, int kRows, int kVecs, Init kInit>
 GAPLESS_INLINE void register_block(const Gemm<T>& g, const T* a, const T* b, T* c, const T* factor) {
     constexpr int w = kLanes<T>;
-    Vec<T> acc[kRows][kVecs];
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-        for (int n = 0; n < kVecs; ++n) {
-            if constexpr (kInit == Init::kZero) acc[m][n] = Vec<T>{};
-            if constexpr (kInit == Init::kAdd) acc[m][n] = load(c + m * g.c_row + n * w);
-            if constexpr (kInit == Init::kScale) acc[m][n] = load(c + m * g.c_row + n * w) * load(factor + n * w);
-        }
+    Vec<T> acc[kRows][kVecs] = {};
     for (int64_t k = 0; k < g.depth; ++k, a += g.a_col, b += g.b_row) {
         Vec<T> row[kVecs];
 #pragma GCC unroll 4
@@ -47,10 +39,16 @@ GAPLESS_INLINE void register_block(const Gemm<T>& g, const T* a, const T* b, T* 
             for (int n = 0; n < kVecs; ++n) acc[m][n] += s * row[n];
         }
     }
+    // What C held joins at the end: a long chain of sums keeps more bits if it starts at 0.
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < kVecs; ++n) store(c + m * g.c_row + n * w, acc[m][n]);
+        for (int n = 0; n < kVecs; ++n) {
+            T* to = c + m * g.c_row + n * w;
+            if constexpr (kInit == Init::kAdd) acc[m][n] += load(to);
+            if constexpr (kInit == Init::kScale) acc[m][n] += load(to) * load(factor + n * w);
+            store(to, acc[m][n]);
+        }
 }
 
 template <class T, int kRows, int kVecs, Init kInit>
@@ -72,10 +70,11 @@ void column(const Gemm<T>& g, int64_t rows, int64_t vec) {
     if (rows - m >= 1) block.template operator()<1>();
 }
 
-// Accumulators + one row of B + the broadcast have to fit the register file: 32 registers with AVX-512, 16 before.
+// Accumulators + one row of B + the broadcast have to fit the register file: 32 registers with AVX-512, 16 before. Eight
+// rows divide the usual head dims and tiles of keys; a taller block would leave a ragged rest.
 #if defined(__AVX512F__)
-constexpr int kMaxVecs = 4;
-constexpr int kRegisterRows[kMaxVecs + 1] = {0, 14, 12, 8, 6};
+constexpr int kMaxVecs = 3;
+constexpr int kRegisterRows[kMaxVecs + 1] = {0, 16, 12, 8};
 #else
 constexpr int kMaxVecs = 2;
 constexpr int kRegisterRows[kMaxVecs + 1] = {0, 8, 6};
@@ -87,10 +86,8 @@ void gemm(const Gemm<T>& g, int64_t rows, int64_t vecs) {
     for (int64_t vec = 0; vec < vecs;) {
         const int64_t left = vecs - vec, columns = (left + kMaxVecs - 1) / kMaxVecs;
         const int64_t width = (left + columns - 1) / columns;
-        if constexpr (kMaxVecs >= 4)
-            if (width == 4) column<T, kRegisterRows[kMaxVecs], 4, kInit>(g, rows, vec);
         if constexpr (kMaxVecs >= 3)
-            if (width == 3) column<T, kRegisterRows[3 <= kMaxVecs ? 3 : 0], 3, kInit>(g, rows, vec);
+            if (width == 3) column<T, kRegisterRows[kMaxVecs], 3, kInit>(g, rows, vec);
         if (width == 2) column<T, kRegisterRows[2], 2, kInit>(g, rows, vec);
         if (width == 1) column<T, kRegisterRows[1], 1, kInit>(g, rows, vec);
         vec += width;

@@ -102,20 +102,16 @@ constexpr float kLog2eFloat = 1.442695041f;
 /// e^x for x <= 88; exact 0 below -87, NaN for NaN.
 template <int kDegree = 5>
 GAPLESS_INLINE Vec<float> vexp(Vec<float> x) {
+    const Vec<float> shifted = x * kLog2eFloat + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
+    const Vec<float> whole = shifted - 12582912.0f;
+    const Vec<float> p = exp2_fraction<kDegree>(x * kLog2eFloat - whole);
 #if defined(__AVX512F__)
     // Lanes below the normal range are kept out of scalef: a subnormal result costs a microcode assist.
-    const __m512 low = _mm512_set1_ps(-87.0f), clamped = _mm512_max_ps(low, (__m512)x), log2e = _mm512_set1_ps(kLog2eFloat);
-    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, low, _CMP_NLT_UQ);
-    const __m512 whole = _mm512_roundscale_ps(clamped * log2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 p = (__m512)exp2_fraction<kDegree>((Vec<float>)_mm512_fmsub_ps(clamped, log2e, whole));
-    return (Vec<float>)_mm512_maskz_scalef_ps(normal, p, whole);
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+    return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)whole);
 #else
-    const Vec<float> low = splat(-87.0f);
-    const Vec<float> clamped = x < low ? low : x;
-    const Vec<float> shifted = clamped * kLog2eFloat + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
-    const Vec<float> p = exp2_fraction<kDegree>(clamped * kLog2eFloat - (shifted - 12582912.0f));
     const Vec<float> y = (Vec<float>)((Vec<int32_t>)p + ((Vec<int32_t>)shifted << 23));
-    return x < low ? Vec<float>{} : y;
+    return x < -87.0f ? Vec<float>{} : y;
 #endif
 }
 template <int kDegree = 5>

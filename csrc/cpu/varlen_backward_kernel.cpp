@@ -73,8 +73,7 @@ class VectorGradients {
     static int64_t dq_width(const VarlenParams& p) { return p.dim; }
 
     void carve(Carver& c, int64_t keys, int64_t lanes) {
-        key_tile = c.take<T>(kInPlace ? 0 : keys * dim);
-        value_tile = c.take<T>(kInPlace ? 0 : keys * dim_v);
+        k = c.take<T>(keys * dim), v = c.take<T>(keys * dim_v);
         dk = c.take<T>(keys * dim), dv = c.take<T>(keys * dim_v);
         query_panel = c.take<T>(lanes * p.dim), dout_panel = c.take<T>(lanes * p.dim_v);
         query_rows = c.take<T>(lanes * dim), dout_rows = c.take<T>(lanes * dim_v);
@@ -83,8 +82,10 @@ class VectorGradients {
     }
 
     void pack_keys(const E* const* k_rows, const E* const* v_rows, int64_t keys) {
-        k = widened(k_rows, keys, p.dim, p.k.token_stride, key_tile, &k_stride);
-        v = widened(v_rows, keys, p.dim_v, p.v.token_stride, value_tile, &v_stride);
+        for (int64_t i = 0; i < keys; ++i) {
+            copy_row(k_rows[i], k + i * dim, p.dim);
+            copy_row(v_rows[i], v + i * dim_v, p.dim_v);
+        }
         std::memset(dk, 0, keys * dim * sizeof(T));
         std::memset(dv, 0, keys * dim_v * sizeof(T));
     }
@@ -109,8 +110,8 @@ class VectorGradients {
             const int64_t n = s.end - s.begin, at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
             const int64_t vecs = s.vec_end - s.vec_begin, depth = vecs * kLanes<T>;
             T *ps = probabilities + lane, *ds = dscores + at * lanes + lane;
-            gemm<Init::kZero, T>({k + at * k_stride, k_stride, 1, query_panel + lane, lanes, ps, lanes, p.dim, nullptr}, n, vecs);
-            gemm<Init::kZero, T>({v + at * v_stride, v_stride, 1, dout_panel + lane, lanes, ds, lanes, p.dim_v, nullptr}, n, vecs);
+            gemm<Init::kZero, T>({k + at * dim, dim, 1, query_panel + lane, lanes, ps, lanes, p.dim, nullptr}, n, vecs);
+            gemm<Init::kZero, T>({v + at * dim_v, dim_v, 1, dout_panel + lane, lanes, ds, lanes, p.dim_v, nullptr}, n, vecs);
             cells.by_kind(s.partial, [&]<bool kScored, bool kMasked>() {
                 for (int64_t key = 0; key < n; ++key)
                     for (int64_t l = 0; l < depth; l += kLanes<T>) {
@@ -135,7 +136,7 @@ class VectorGradients {
             for (int i = 0; i < count; ++i) {
                 const Segment& s = segments[i];
                 const int64_t at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
-                gemm<Init::kAdd, T>({k + at * k_stride, 1, k_stride, dscores + at * lanes + lane, lanes, dq + lane, lanes,
+                gemm<Init::kAdd, T>({k + at * dim, 1, dim, dscores + at * lanes + lane, lanes, dq + lane, lanes,
                                      s.end - s.begin, nullptr},
                                     p.dim, s.vec_end - s.vec_begin);
             }
@@ -146,19 +147,9 @@ class VectorGradients {
     const T* dv_row(int64_t key) const { return dv + key * dim_v; }
 
   private:
-    static constexpr bool kInPlace = sizeof(E) == sizeof(T);
     const VarlenParams& p;
     const int64_t dim, dim_v;
-    T *key_tile, *value_tile, *dk, *dv, *query_panel, *dout_panel, *query_rows, *dout_rows, *probabilities, *dscores;
-    const T *k, *v;
-    int64_t k_stride, v_stride;
-
-    static const T* widened(const E* const* rows, int64_t count, int64_t width, int64_t token_stride, T* tile, int64_t* stride) {
-        *stride = kInPlace ? token_stride : padded<T>(width);
-        if (kInPlace) return reinterpret_cast<const T*>(rows[0]);
-        for (int64_t i = 0; i < count; ++i) copy_row(rows[i], tile + i * *stride, width);
-        return tile;
-    }
+    T *k, *v, *dk, *dv, *query_panel, *dout_panel, *query_rows, *dout_rows, *probabilities, *dscores;
 };
 
 #if defined(__AMX_BF16__)

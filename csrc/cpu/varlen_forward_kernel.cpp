@@ -12,8 +12,7 @@ namespace gapless::cpu::GAPLESS_ISA {
 namespace {
 
 constexpr int64_t kTileKeys = 128;     // scores of a strip stay in L1
-constexpr int64_t kSharingRows = 512;  // rows that share one packing of keys and values; their state stays in L2
-constexpr int kStripVecs = kMaxVecs;
+constexpr int64_t kSharingRows = 384;  // rows that share one packing of keys and values; their state stays in L2
 
 /// Part of a strip: its panel of queries, scores, exponentials and outputs, all `width` lanes wide.
 template <class T>
@@ -25,27 +24,47 @@ struct Strip {
     int64_t width;
 };
 
-/// Products by fused multiply-add, for any type: keys and values are widened only if they have to be.
+/// Brings rows of the next tile near, a few cache lines at a time. Rows of one head lie too far apart for the hardware to
+/// foresee them, and all at once they would stall the loads that are needed now: so each strip asks for its share of every
+/// row's lines, from inside its loop of exponentials, which hardly touches memory.
+struct Ahead {
+    const char *const *keys, *const *values;
+    int64_t rows, key_bytes, value_bytes;
+    int64_t first, step;  // of this strip's lines in a row
+
+    GAPLESS_INLINE void touch(int64_t row) const {
+        if (row >= rows) return;
+        for (int64_t at = first * 64; at < key_bytes; at += step * 64) __builtin_prefetch(keys[row] + at, 0, 2);
+        for (int64_t at = first * 64; at < value_bytes; at += step * 64) __builtin_prefetch(values[row] + at, 0, 2);
+    }
+};
+
+/// Products by fused multiply-add, for any type. Keys and values are copied even if they need no widening: rows of one
+/// head lie a page or so apart in memory, where they would push each other out of the cache.
 template <class E>
 class VectorProducts {
   public:
     using T = typename Compute<E>::type;
 
-    explicit VectorProducts(const VarlenParams& p) : p(p), in_place(sizeof(E) == sizeof(T) && !p.block_table) {}
+    static constexpr int kStripVecs = kMaxVecs;
+
+    explicit VectorProducts(const VarlenParams& p) : p(p), dim(padded<T>(p.dim)), dim_v(padded<T>(p.dim_v)) {}
 
     static int64_t panel_bytes(const VarlenParams& p, int64_t rows) { return rows * p.dim * sizeof(T); }
     static int64_t out_width(const VarlenParams& p) { return p.dim_v; }
     void carve(Carver& c) {
-        key_tile = c.take<T>(in_place ? 0 : kTileKeys * padded<T>(p.dim));
-        value_tile = c.take<T>(in_place ? 0 : kTileKeys * padded<T>(p.dim_v));
+        keys = c.take<T>(kTileKeys * dim);
+        values = c.take<T>(kTileKeys * dim_v);
     }
 
     void pack_queries(const E* const* rows, int64_t count, void* panel, int64_t width) const {
         transpose_rows(rows, count, p.dim, T(1), static_cast<T*>(panel), width);
     }
     void pack_keys(const E* const* key_rows, const E* const* value_rows, int64_t count) {
-        keys = widened(key_rows, count, p.dim, p.k.token_stride, key_tile, &key_stride);
-        values = widened(value_rows, count, p.dim_v, p.v.token_stride, value_tile, &value_stride);
+        for (int64_t i = 0; i < count; ++i) {
+            copy_row(key_rows[i], keys + i * dim, p.dim);
+            copy_row(value_rows[i], values + i * dim_v, p.dim_v);
+        }
     }
 
     template <class View>
@@ -55,25 +74,28 @@ class VectorProducts {
 
     void scores(const Strip<T>& strip, const Segment& s, int64_t from) const {
         const int64_t at = s.begin - from, lane = s.vec_begin * kLanes<T>;
-        gemm<Init::kZero, T>({keys + at * key_stride, key_stride, 1, static_cast<const T*>(strip.queries) + lane, strip.width,
+        gemm<Init::kZero, T>({keys + at * dim, dim, 1, static_cast<const T*>(strip.queries) + lane, strip.width,
                               strip.scores + at * strip.width + lane, strip.width, p.dim, nullptr},
                              s.end - s.begin, s.vec_end - s.vec_begin);
     }
 
     /// exp(score * factor - base) of a segment, added up per lane.
     template <int n>
-    static void exponentials(T* block, int64_t width, int64_t keys, T factor, const Vec<T>* base, Vec<T>* sum) {
+    static void exponentials(T* block, int64_t width, int64_t keys, T factor, const Vec<T>* base, Vec<T>* sum,
+                             int64_t at, const Ahead& ahead) {
         constexpr int w = kLanes<T>;
         constexpr int64_t kRun = 16;  // one long chain of additions would lose bits that the LSE needs
         for (int64_t from = 0; from < keys; from += kRun) {
             Vec<T> run[n] = {};
-            for (int64_t k = from; k < least(keys, from + kRun); ++k, block += width)
+            for (int64_t k = from; k < least(keys, from + kRun); ++k, block += width) {
+                ahead.touch(at + k);
 #pragma GCC unroll 4
                 for (int v = 0; v < n; ++v) {
                     const Vec<T> e = vexp(load(block + v * w) * factor - base[v]);
                     run[v] += e;
                     store(block + v * w, e);
                 }
+            }
             for (int v = 0; v < n; ++v) sum[v] += run[v];
         }
     }
@@ -85,7 +107,7 @@ class VectorProducts {
         for (int i = 0; i < count; ++i) {
             const Segment& s = segments[i];
             const int64_t at = s.begin - from, lane = s.vec_begin * kLanes<T>;
-            const Gemm<T> g{values + at * value_stride, 1, value_stride, strip.scores + at * strip.width + lane, strip.width,
+            const Gemm<T> g{values + at * dim_v, 1, dim_v, strip.scores + at * strip.width + lane, strip.width,
                             strip.out + lane, strip.width, s.end - s.begin, strip.factor + lane};
             if (fused && i == 0)
                 gemm<Init::kScale>(g, p.dim_v, s.vec_end - s.vec_begin);
@@ -104,17 +126,8 @@ class VectorProducts {
 
   private:
     const VarlenParams& p;
-    const bool in_place;
-    T *key_tile, *value_tile;
-    const T *keys, *values;
-    int64_t key_stride, value_stride;
-
-    const T* widened(const E* const* rows, int64_t count, int64_t width, int64_t token_stride, T* tile, int64_t* stride) const {
-        *stride = in_place ? token_stride : padded<T>(width);
-        if (in_place) return reinterpret_cast<const T*>(rows[0]);
-        for (int64_t i = 0; i < count; ++i) copy_row(rows[i], tile + i * *stride, width);
-        return tile;
-    }
+    const int64_t dim, dim_v;
+    T *keys, *values;  // [keys][dim], [keys][dim_v]
 };
 
 #if defined(__AMX_BF16__)
@@ -123,6 +136,8 @@ class VectorProducts {
 class TileProducts {
   public:
     using T = float;
+
+    static constexpr int kStripVecs = 4;  // two pairs of tiles
 
     explicit TileProducts(const VarlenParams& p) : p(p) {}
 
@@ -158,9 +173,10 @@ class TileProducts {
 
     template <int n>
     void exponentials(const float* block, int64_t width, int64_t count, float factor, const Vec<float>* base,
-                      Vec<float>* sum) const {
+                      Vec<float>* sum, int64_t at, const Ahead& ahead) const {
         uint32_t* to = pairs;
-        for (int64_t k = 0; k < count; k += 2, block += 2 * width, to += width)
+        for (int64_t k = 0; k < count; k += 2, block += 2 * width, to += width) {
+            ahead.touch(at + k), ahead.touch(at + k + 1);
 #pragma GCC unroll 4
             for (int v = 0; v < n; ++v) {
                 const Vec<float> even = vexp<4>(load(block + v * kTile) * factor - base[v]);
@@ -169,6 +185,7 @@ class TileProducts {
                 sum[v] += even + odd;
                 _mm512_storeu_si512(to + v * kTile, round_pairs(even, odd));
             }
+        }
         std::memset(to, 0, (round_up(count, kTileDepth) - round_up(count, 2)) / 2 * width * sizeof(uint32_t));
     }
 
@@ -193,7 +210,9 @@ template <class E, class Products>
 class Forward {
   public:
     using T = typename Compute<E>::type;
+    static constexpr int kStripVecs = Products::kStripVecs;
     static constexpr int64_t kStripRows = kStripVecs * kLanes<T>;
+    static_assert(kSharingRows % kStripRows == 0);
 
     Forward(const VarlenParams& params, const ForwardItem& item) : p(params), item(item), products(params) {
         const int32_t* tile = p.tiles + 3 * item.tile;
@@ -255,29 +274,35 @@ class Forward {
         return base + page * page_stride + key % p.page_size * x.token_stride;
     }
 
-    /// Finds a tile's keys and values and starts to bring them near: rows of one head lie too far apart for the hardware
-    /// to foresee.
     void locate(int64_t from, int64_t to) const {
-        constexpr int64_t kLine = 64 / sizeof(E);
         for (int64_t key = from; key < to; ++key) {
-            const E *k = key_row(p.k, p.k_page_stride, key), *v = key_row(p.v, p.v_page_stride, key);
-            key_rows[key - from] = k, value_rows[key - from] = v;
-            for (int64_t i = 0; i < p.dim; i += kLine) __builtin_prefetch(k + i, 0, 2);
-            for (int64_t i = 0; i < p.dim_v; i += kLine) __builtin_prefetch(v + i, 0, 2);
+            key_rows[key - from] = key_row(p.k, p.k_page_stride, key);
+            value_rows[key - from] = key_row(p.v, p.v_page_stride, key);
         }
+    }
+
+    /// The share of strip `at` of `rows` in bringing the located tile near.
+    Ahead ahead(int64_t keys, int64_t at, int64_t rows) const {
+        return {reinterpret_cast<const char* const*>(key_rows), reinterpret_cast<const char* const*>(value_rows), keys,
+                p.dim * int64_t(sizeof(E)), p.dim_v * int64_t(sizeof(E)), at / kStripRows,
+                (rows + kStripRows - 1) / kStripRows};
     }
 
     void block(int64_t row, int64_t rows) {
         const int64_t begin = most(item.key_begin, map.begin(row));
         const int64_t end = least(item.key_end, map.end(row + rows - 1));
-        locate(begin, least(end, begin + kTileKeys));
+        const auto tile_end = [&](int64_t from) { return least(end, from + kTileKeys); };
+        locate(begin, tile_end(begin));
+        const Ahead all = ahead(tile_end(begin) - begin, 0, 1);
+        for (int64_t i = 0; i < all.rows; ++i) all.touch(i);
         lanes.fill(p, map, sequence, item.kv_head, row, rows, padded<T>(rows));
         start(row, rows);
         for (int64_t from = begin; from < end; from += kTileKeys) {
-            const int64_t to = least(end, from + kTileKeys);
+            const int64_t to = tile_end(from);
             products.pack_keys(key_rows, value_rows, to - from);
-            locate(to, least(end, to + kTileKeys));
-            for (int64_t at = 0; at < rows; at += kStripRows) strip(row, at, least(kStripRows, rows - at), from, to);
+            locate(to, tile_end(to));
+            for (int64_t at = 0; at < rows; at += kStripRows)
+                strip(row, at, least(kStripRows, rows - at), from, to, ahead(tile_end(to) - to, at, rows));
         }
         for (int64_t at = 0; at < rows; at += kStripRows) finish(row, at, least(kStripRows, rows - at));
     }
@@ -303,7 +328,7 @@ class Forward {
         std::memset(out, 0, padded<T>(rows) * Products::out_width(p) * sizeof(T));
     }
 
-    void strip(int64_t row, int64_t at, int64_t rows, int64_t from, int64_t to) {
+    void strip(int64_t row, int64_t at, int64_t rows, int64_t from, int64_t to, const Ahead& next) {
         constexpr int w = kLanes<T>;
         const StripView<T, kStripVecs> view(map, row + at, rows);
         Segment segments[view.kMaxSegments];
@@ -336,7 +361,7 @@ class Forward {
             by_width(s, [&]<int n>() {
                 Vec<T> b[n], total[n];
                 for (int v = 0; v < n; ++v) b[v] = base[s.vec_begin + v], total[v] = part[s.vec_begin + v];
-                products.template exponentials<n>(block, strip.width, s.end - s.begin, unit, b, total);
+                products.template exponentials<n>(block, strip.width, s.end - s.begin, unit, b, total, s.begin - from, next);
                 for (int v = 0; v < n; ++v) part[s.vec_begin + v] = total[v];
             });
         }
