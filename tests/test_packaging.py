@@ -69,11 +69,6 @@ def test_folder_names_are_not_packages(name, tmp_path):
     run(f"import importlib.util as u, gapless; assert not u.find_spec({name!r})", tmp_path)
 
 
-def test_kernels_folder_says_its_name(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\ntry: import kernels\nexcept ImportError as e: print(e)"
-    assert "gapless.kernels" in run(code, tmp_path)
-
-
 @pytest.mark.slow
 def test_wheel_works_by_itself(tmp_path):
     """Built from a bare environment, a wheel holds our packages only and runs with nothing else on the path."""

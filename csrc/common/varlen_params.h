@@ -36,7 +36,8 @@ struct VarlenParams {
     const int32_t* seqused_k;     ///< [batch], or null
     const int32_t* tiles;         ///< rows (sequence, begin, end): query tiles forward, key tiles backward
 
-    const int32_t* block_table;  ///< [batch, max_pages], or null; then k and v are [pages, page_size, kv_heads, dim]
+    const int32_t*
+        block_table;  ///< [batch, max_pages], or null; then k and v are [pages, page_size, kv_heads, dim]
     int64_t max_pages;
     int64_t page_size;
     int64_t k_page_stride, v_page_stride;
@@ -66,7 +67,8 @@ struct VarlenBackwardParams {
     Packed dq, dk, dv;
 };
 
-/// One key tile of one kv head. The tiles of a sequence and head add to the same dq, one after another in their order.
+/// One key tile of one kv head. The tiles of a sequence and head add to the same dq, one after another in
+/// their order.
 struct BackwardItem {
     int32_t kv_head;
     int32_t first_tile, tiles, tile;  ///< the sequence's tiles, and which of them this item is

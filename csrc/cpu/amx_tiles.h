@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// bfloat16 products on AMX tile registers: 16 x 16 blocks of float sums, 32 terms at a time. An A operand is rows of
-// bfloat16; a B operand has pairs: its row i holds terms 2i and 2i + 1 of each lane, side by side in 32 bits. All sizes
-// are padded to whole tiles, with zeros along the sum.
+// bfloat16 products on AMX tile registers: 16 x 16 blocks of float sums, 32 terms at a time. An A operand is
+// rows of bfloat16; a B operand has pairs: its row i holds terms 2i and 2i + 1 of each lane, side by side in
+// 32 bits. All sizes are padded to whole tiles, with zeros along the sum.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -30,7 +30,8 @@ class Tiles {
     Tiles(const Tiles&) = delete;
 };
 
-/// C[m][lane] (+)= sum over `depth` terms, for `rows` x `lanes`. Strides count elements: bfloat16, pairs, float.
+/// C[m][lane] (+)= sum over `depth` terms, for `rows` x `lanes`. Strides count elements: bfloat16, pairs,
+/// float.
 struct TileProduct {
     const bf16* a;
     int64_t a_row;
@@ -120,7 +121,8 @@ inline void pack_lanes(const bf16* const* rows, int64_t count, int64_t width, ui
             for (int i = 0; i < kTile; ++i)
                 x[i] = lane + i < count ? (Vec<float>)load_pairs(rows[lane + i], at, width) : Vec<float>{};
             transpose<float>(x);
-            for (int i = 0; i < kTile; ++i) store(reinterpret_cast<float*>(to) + (at / 2 + i) * lanes + lane, x[i]);
+            for (int i = 0; i < kTile; ++i)
+                store(reinterpret_cast<float*>(to) + (at / 2 + i) * lanes + lane, x[i]);
         }
 }
 
@@ -138,8 +140,9 @@ inline void pack_pairs(const bf16* const* rows, int64_t count, int64_t width, ui
     const int64_t stride = round_up(width, kTile);
     for (int64_t i = 0; i < lanes; i += 2)
         for (int64_t at = 0; at < width; at += kTile)
-            _mm512_storeu_si512(to + i / 2 * stride + at, pair_rows(i < count ? rows[i] : nullptr,
-                                                                    i + 1 < count ? rows[i + 1] : nullptr, at, width));
+            _mm512_storeu_si512(
+                to + i / 2 * stride + at,
+                pair_rows(i < count ? rows[i] : nullptr, i + 1 < count ? rows[i + 1] : nullptr, at, width));
 }
 
 /// A operand with the rows along the sum: [round_up(width, 16)][stride], zeros up to round_up(count, 32).
@@ -149,7 +152,8 @@ inline void pack_columns(const bf16* const* rows, int64_t count, int64_t width, 
             Vec<float> x[kTile];
             for (int j = 0; j < kTile; ++j) {
                 const int64_t r = i + 2 * j;
-                x[j] = (Vec<float>)pair_rows(r < count ? rows[r] : nullptr, r + 1 < count ? rows[r + 1] : nullptr, at, width);
+                x[j] = (Vec<float>)pair_rows(r < count ? rows[r] : nullptr,
+                                             r + 1 < count ? rows[r + 1] : nullptr, at, width);
             }
             transpose<float>(x);
             for (int j = 0; j < kTile; ++j) std::memcpy(to + (at + j) * stride + i, &x[j], 64);
@@ -161,7 +165,8 @@ GAPLESS_INLINE __m512i round_pairs(Vec<float> even, Vec<float> odd) {
     const __m512i half = _mm512_set1_epi32(0x8000);
     const __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)even, half), 16);
     const __m512i high = _mm512_add_epi32((__m512i)odd, half);
-    return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(int(0xffff0000)), 0xf8);  // low | (high & mask)
+    return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(int(0xffff0000)),
+                                     0xf8);  // low | (high & mask)
 }
 
 }  // namespace

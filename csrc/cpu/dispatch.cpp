@@ -13,16 +13,16 @@
 
 namespace gapless::cpu {
 
-#define GAPLESS_TABLE(ISA)                                                                                  \
-    namespace ISA {                                                                                         \
-    void varlen_forward(const VarlenParams&, const ForwardItem&);                                           \
-    void varlen_merge(const VarlenParams&, const MergeItem&);                                               \
-    void varlen_delta(const VarlenBackwardParams&, int64_t, int64_t);                                       \
-    void varlen_backward(const VarlenBackwardParams&, const BackwardItem&);                                 \
-    extern const int64_t backward_block_rows;                                                               \
-    const Kernels table() {                                                                                 \
-        return {#ISA, varlen_forward, varlen_merge, varlen_delta, varlen_backward, backward_block_rows};    \
-    }                                                                                                       \
+#define GAPLESS_TABLE(ISA)                                                                               \
+    namespace ISA {                                                                                      \
+    void varlen_forward(const VarlenParams&, const ForwardItem&);                                        \
+    void varlen_merge(const VarlenParams&, const MergeItem&);                                            \
+    void varlen_delta(const VarlenBackwardParams&, int64_t, int64_t);                                    \
+    void varlen_backward(const VarlenBackwardParams&, const BackwardItem&);                              \
+    extern const int64_t backward_block_rows;                                                            \
+    const Kernels table() {                                                                              \
+        return {#ISA, varlen_forward, varlen_merge, varlen_delta, varlen_backward, backward_block_rows}; \
+    }                                                                                                    \
     }
 
 GAPLESS_TABLE(baseline)
@@ -61,8 +61,8 @@ Level machine_level() {
     const auto has = [](bool f, bool b, bool d, bool v) { return f && b && d && v; };
     const bool avx512 = has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
                             __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"));
-    const bool avx2 = has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("bmi2"), __builtin_cpu_supports("fma"),
-                          __builtin_cpu_supports("f16c"));
+    const bool avx2 = has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("bmi2"),
+                          __builtin_cpu_supports("fma"), __builtin_cpu_supports("f16c"));
     if (avx512 && avx2) return amx_usable() ? kAmx : kAvx512;
     if (avx2) return kAvx2;
 #endif
@@ -93,15 +93,19 @@ Level capped(Level level) {
 Kernels choose() {
     switch (capped(machine_level())) {
 #ifdef GAPLESS_HAVE_AMX
-        case kAmx: return amx::table();
+        case kAmx:
+            return amx::table();
 #endif
 #ifdef GAPLESS_HAVE_AVX512
-        case kAvx512: return avx512::table();
+        case kAvx512:
+            return avx512::table();
 #endif
 #ifdef GAPLESS_HAVE_AVX2
-        case kAvx2: return avx2::table();
+        case kAvx2:
+            return avx2::table();
 #endif
-        default: return baseline::table();
+        default:
+            return baseline::table();
     }
 }
 

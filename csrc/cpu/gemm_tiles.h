@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one matrix multiplication that every kernel is made of: C[m][lane] (+)= sum_k A(m, k) * B[k][lane].
-// B and C are rows of vectors; A is read one scalar at a time and broadcast, so any strides will do and nothing has to be
-// transposed. Blocks of C stay in registers for the whole sum.
+// B and C are rows of vectors; A is read one scalar at a time and broadcast, so any strides will do and
+// nothing has to be transposed. Blocks of C stay in registers for the whole sum.
 #pragma once
 
 #include "csrc/cpu/simd.h"
@@ -70,8 +70,8 @@ void column(const Gemm<T>& g, int64_t rows, int64_t vec) {
     if (rows - m >= 1) block.template operator()<1>();
 }
 
-// Accumulators + one row of B + the broadcast have to fit the register file: 32 registers with AVX-512, 16 before. Eight
-// rows divide the usual head dims and tiles of keys; a taller block would leave a ragged rest.
+// Accumulators + one row of B + the broadcast have to fit the register file: 32 registers with AVX-512, 16
+// before. Eight rows divide the usual head dims and tiles of keys; a taller block would leave a ragged rest.
 #if defined(__AVX512F__)
 constexpr int kMaxVecs = 3;
 constexpr int kRegisterRows[kMaxVecs + 1] = {0, 16, 12, 8};

@@ -18,8 +18,8 @@ struct Kernels {
     int64_t backward_block_rows;
 };
 
-/// The best table that this machine can run, not above GAPLESS_ISA (baseline, avx2, avx512, amx) or torch's own
-/// ATEN_CPU_CAPABILITY (default, avx2, avx512) where the environment sets them. Chosen once.
+/// The best table that this machine can run, not above GAPLESS_ISA (baseline, avx2, avx512, amx) or torch's
+/// own ATEN_CPU_CAPABILITY (default, avx2, avx512) where the environment sets them. Chosen once.
 const Kernels& kernels();
 
 }  // namespace gapless::cpu

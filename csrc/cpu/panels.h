@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of q, k, v and out, in memory's type and strides, to and from the panels that matrix multiplications read.
+// Rows of q, k, v and out, in memory's type and strides, to and from the panels that matrix multiplications
+// read.
 #pragma once
 
 #include "csrc/cpu/simd.h"
@@ -21,10 +22,14 @@ struct Compute<double> {
 template <class F>
 GAPLESS_INLINE void by_dtype(DType dtype, const F& f) {
     switch (dtype) {
-        case DType::kFloat32: return f.template operator()<float>();
-        case DType::kBFloat16: return f.template operator()<bf16>();
-        case DType::kFloat16: return f.template operator()<f16>();
-        case DType::kFloat64: return f.template operator()<double>();
+        case DType::kFloat32:
+            return f.template operator()<float>();
+        case DType::kBFloat16:
+            return f.template operator()<bf16>();
+        case DType::kFloat16:
+            return f.template operator()<f16>();
+        case DType::kFloat64:
+            return f.template operator()<double>();
     }
 }
 
@@ -58,7 +63,8 @@ void copy_row(const E* from, T* to, int64_t width) {
 
 /// One square of transpose_rows: vectors of kLanes whole rows become the same columns of a panel.
 template <class E, class T>
-__attribute__((noinline)) void transpose_square(const E* const* rows, int64_t at, T factor, T* panel, int64_t panel_row) {
+__attribute__((noinline)) void transpose_square(const E* const* rows, int64_t at, T factor, T* panel,
+                                                int64_t panel_row) {
     constexpr int w = kLanes<T>;
     Vec<T> x[w];
 #pragma GCC unroll 16
@@ -70,14 +76,17 @@ __attribute__((noinline)) void transpose_square(const E* const* rows, int64_t at
 
 /// panel[i][lane] = factor * rows[lane][i] for lanes [0, count), zeros for the rest of the last vector.
 template <class E, class T = typename Compute<E>::type>
-void transpose_rows(const E* const* rows, int64_t count, int64_t width, T factor, T* panel, int64_t panel_row) {
+void transpose_rows(const E* const* rows, int64_t count, int64_t width, T factor, T* panel,
+                    int64_t panel_row) {
     constexpr int w = kLanes<T>;
     for (int64_t lane = 0; lane < count; lane += w) {
         const int64_t whole = lane + w <= count ? width / w * w : 0;
-        for (int64_t at = 0; at < whole; at += w) transpose_square(rows + lane, at, factor, panel + at * panel_row + lane, panel_row);
+        for (int64_t at = 0; at < whole; at += w)
+            transpose_square(rows + lane, at, factor, panel + at * panel_row + lane, panel_row);
         for (int64_t at = whole; at < width; at += w) {
             Vec<T> x[w];
-            for (int i = 0; i < w; ++i) x[i] = lane + i < count ? load_row(rows[lane + i], at, width) * factor : Vec<T>{};
+            for (int i = 0; i < w; ++i)
+                x[i] = lane + i < count ? load_row(rows[lane + i], at, width) * factor : Vec<T>{};
             transpose<T>(x);
             for (int i = 0; i < least(w, width - at); ++i) store(panel + (at + i) * panel_row + lane, x[i]);
         }
@@ -86,7 +95,8 @@ void transpose_rows(const E* const* rows, int64_t count, int64_t width, T factor
 
 /// One square of untranspose_rows.
 template <class E, class T>
-__attribute__((noinline)) void untranspose_square(const T* panel, int64_t panel_row, Vec<T> factor, E* const* rows, int64_t at) {
+__attribute__((noinline)) void untranspose_square(const T* panel, int64_t panel_row, Vec<T> factor,
+                                                  E* const* rows, int64_t at) {
     constexpr int w = kLanes<T>;
     Vec<T> x[w];
 #pragma GCC unroll 16
@@ -98,7 +108,8 @@ __attribute__((noinline)) void untranspose_square(const T* panel, int64_t panel_
 
 /// rows[lane][i] = panel[i][lane] * factor[lane], rounded to memory's type.
 template <class E, class T = typename Compute<E>::type>
-void untranspose_rows(const T* panel, int64_t panel_row, const T* factor, E* const* rows, int64_t count, int64_t width) {
+void untranspose_rows(const T* panel, int64_t panel_row, const T* factor, E* const* rows, int64_t count,
+                      int64_t width) {
     constexpr int w = kLanes<T>;
     for (int64_t lane = 0; lane < count; lane += w) {
         const Vec<T> scale = load(factor + lane);
@@ -107,7 +118,8 @@ void untranspose_rows(const T* panel, int64_t panel_row, const T* factor, E* con
             untranspose_square(panel + at * panel_row + lane, panel_row, scale, rows + lane, at);
         for (int64_t at = whole; at < width; at += w) {
             Vec<T> x[w];
-            for (int i = 0; i < w; ++i) x[i] = at + i < width ? load(panel + (at + i) * panel_row + lane) * scale : Vec<T>{};
+            for (int i = 0; i < w; ++i)
+                x[i] = at + i < width ? load(panel + (at + i) * panel_row + lane) * scale : Vec<T>{};
             transpose<T>(x);
             for (int i = 0; i < least(w, count - lane); ++i) store_row(rows[lane + i], at, width, x[i]);
         }

@@ -23,9 +23,10 @@ struct Lanes {
         slope = c.template take<T>(rows);
     }
 
-    void fill(const VarlenParams& p, const RowMap& map, int64_t sequence, int64_t kv_head, int64_t row, int64_t rows,
-              int64_t lanes) {
-        const float* slopes = p.alibi_slopes ? p.alibi_slopes + sequence * p.alibi_batch_stride + kv_head * map.group : nullptr;
+    void fill(const VarlenParams& p, const RowMap& map, int64_t sequence, int64_t kv_head, int64_t row,
+              int64_t rows, int64_t lanes) {
+        const float* slopes =
+            p.alibi_slopes ? p.alibi_slopes + sequence * p.alibi_batch_stride + kv_head * map.group : nullptr;
         int64_t member = row % map.group, at = map.position(row);
         for (int64_t i = 0; i < rows; ++i) {
             begin[i] = I(map.begin_at(at)), end[i] = I(map.end_at(at)), position[i] = I(at);
@@ -36,14 +37,17 @@ struct Lanes {
     }
 };
 
-/// Scores of key `key` against one vector of rows, from their scaled dot products. `*tangent` is tanh, if there is a cap.
+/// Scores of key `key` against one vector of rows, from their scaled dot products. `*tangent` is tanh, if
+/// there is a cap.
 template <class T>
-GAPLESS_INLINE Vec<T> modify_score(Vec<T> s, const Lanes<T>& lanes, int64_t lane, int64_t key, T cap, Vec<T>* tangent) {
+GAPLESS_INLINE Vec<T> modify_score(Vec<T> s, const Lanes<T>& lanes, int64_t lane, int64_t key, T cap,
+                                   Vec<T>* tangent) {
     if (cap > 0) {
         *tangent = vtanh(s);
         s = *tangent * cap;
     }
-    const Vec<T> distance = __builtin_convertvector(load(lanes.position + lane) - typename Lanes<T>::I(key), Vec<T>);
+    const Vec<T> distance =
+        __builtin_convertvector(load(lanes.position + lane) - typename Lanes<T>::I(key), Vec<T>);
     return s - load(lanes.slope + lane) * (distance < 0 ? -distance : distance);
 }
 

@@ -6,14 +6,15 @@
 
 namespace gapless::cpu {
 
-/// This thread's work memory, at least `bytes` of it, aligned to a cache line and kept between calls. The next call on
-/// the same thread may move it. Throws std::bad_alloc.
+/// This thread's work memory, at least `bytes` of it, aligned to a cache line and kept between calls. The
+/// next call on the same thread may move it. Throws std::bad_alloc.
 void* scratch(size_t bytes);
 
 /// Hands out pieces of one block of scratch memory; the first round, over null, only adds up the sizes.
 class Carver {
   public:
-    // Always inlined: kernels built for one ISA include this, and their copies must not stand in for another's.
+    // Always inlined: kernels built for one ISA include this, and their copies must not stand in for
+    // another's.
     __attribute__((always_inline)) explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
 
     template <class T>

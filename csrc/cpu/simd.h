@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors as wide as the ISA this file is compiled for. Included by kernel files only, which are compiled once per ISA:
-// everything has internal linkage, so that no ISA's code can stand in for another's.
+// Vectors as wide as the ISA this file is compiled for. Included by kernel files only, which are compiled
+// once per ISA: everything has internal linkage, so that no ISA's code can stand in for another's.
 #pragma once
 
 #include <cstdint>
@@ -78,16 +78,22 @@ GAPLESS_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {
     return a > b ? a : b;
 }
 
-/// 2^f for f in [-0.5, 0.5]: minimax fit of relative error 9e-8 (degree 5) or 3e-6 (degree 4).
+/// (2^f - 1) / f for f in [-0.5, 0.5], to a few 1e-9.
+template <class V>
+GAPLESS_INLINE V expm1_fraction(V f) {
+    V p = V{} + 1.540351223e-4f;
+    p = p * f + 1.339073526e-3f;
+    p = p * f + 9.618237615e-3f;
+    p = p * f + 5.550357327e-2f;
+    p = p * f + 2.402264923e-1f;
+    return p * f + 6.931471825e-1f;
+}
+
+/// 2^f for f in [-0.5, 0.5]: minimax fits of relative error 3e-9 (degree 6) or 3e-6 (degree 4).
 template <int kDegree, class V>
 GAPLESS_INLINE V exp2_fraction(V f) {
-    if constexpr (kDegree == 5) {
-        V p = V{} + 1.326472021e-3f;
-        p = p * f + 9.671513139e-3f;
-        p = p * f + 5.550733766e-2f;
-        p = p * f + 2.402224207e-1f;
-        p = p * f + 6.931469776e-1f;
-        return p * f + 1.0f;
+    if constexpr (kDegree == 6) {
+        return expm1_fraction(f) * f + 1.0f;
     } else {
         V p = V{} + 9.582847857e-3f;
         p = p * f + 5.590643263e-2f;
@@ -97,14 +103,18 @@ GAPLESS_INLINE V exp2_fraction(V f) {
     }
 }
 
-constexpr float kLog2eFloat = 1.442695041f;
+constexpr float kLog2eFloat = 1.442695022f,
+                kLog2eRest = 1.925963e-8f;  // their sum is log2(e) to twice float's precision
 
 /// e^x for x <= 88; exact 0 below -87, NaN for NaN.
-template <int kDegree = 5>
+template <int kDegree = 6>
 GAPLESS_INLINE Vec<float> vexp(Vec<float> x) {
-    const Vec<float> shifted = x * kLog2eFloat + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
+    const Vec<float> shifted =
+        x * kLog2eFloat + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
     const Vec<float> whole = shifted - 12582912.0f;
-    const Vec<float> p = exp2_fraction<kDegree>(x * kLog2eFloat - whole);
+    Vec<float> f = x * kLog2eFloat - whole;
+    if constexpr (kDegree > 4) f += x * kLog2eRest;
+    const Vec<float> p = exp2_fraction<kDegree>(f);
 #if defined(__AVX512F__)
     // Lanes below the normal range are kept out of scalef: a subnormal result costs a microcode assist.
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
@@ -114,7 +124,7 @@ GAPLESS_INLINE Vec<float> vexp(Vec<float> x) {
     return x < -87.0f ? Vec<float>{} : y;
 #endif
 }
-template <int kDegree = 5>
+template <int kDegree = 6>
 GAPLESS_INLINE Vec<double> vexp(Vec<double> x) {
     for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
     return x;
@@ -127,12 +137,7 @@ GAPLESS_INLINE Vec<float> vtanh(Vec<float> x) {
     y = y < -40.0f ? splat(-40.0f) : y;
     const Vec<float> shifted = y + 12582912.0f;
     const Vec<float> f = y - (shifted - 12582912.0f);
-    Vec<float> p = splat(1.540351223e-4f);  // (2^f - 1) / f
-    p = p * f + 1.339073526e-3f;
-    p = p * f + 9.618237615e-3f;
-    p = p * f + 5.550357327e-2f;
-    p = p * f + 2.402264923e-1f;
-    p = p * f + 6.931471825e-1f;
+    const Vec<float> p = expm1_fraction(f);
     const Vec<float> whole = (Vec<float>)((Vec<int32_t>)splat(1.0f) + ((Vec<int32_t>)shifted << 23));
     const Vec<float> expm1 = whole * (p * f) + (whole - 1.0f);
     return expm1 / (expm1 + 2.0f);
@@ -142,7 +147,8 @@ GAPLESS_INLINE Vec<double> vtanh(Vec<double> x) {
     return x;
 }
 
-/// Natural logarithm of normal x > 0, through atanh((m - 1) / (m + 1)) on the mantissa m in [0.7, 1.4]; NaN for NaN.
+/// Natural logarithm of normal x > 0, through atanh((m - 1) / (m + 1)) on the mantissa m in [0.7, 1.4]; NaN
+/// for NaN.
 GAPLESS_INLINE Vec<float> vlog(Vec<float> x) {
     const Vec<int32_t> bits = (Vec<int32_t>)x, exponent = (bits - 0x3f3504f3) >> 23;
     const Vec<float> m = (Vec<float>)(bits - (exponent << 23));
@@ -258,7 +264,8 @@ GAPLESS_INLINE void store_narrow(bf16* p, Vec<float> x) {
 }
 GAPLESS_INLINE void store_narrow(f16* p, Vec<float> x) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256((__m256i*)p,
+                        _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
@@ -266,7 +273,8 @@ GAPLESS_INLINE void store_narrow(f16* p, Vec<float> x) {
 #endif
 }
 
-/// In-place transpose of kLanes x kLanes values: log2(lanes) rounds of swaps between rows a power of two apart.
+/// In-place transpose of kLanes x kLanes values: log2(lanes) rounds of swaps between rows a power of two
+/// apart.
 template <class T>
 GAPLESS_INLINE void transpose(Vec<T> (&x)[kLanes<T>]) {
     constexpr int n = kLanes<T>;

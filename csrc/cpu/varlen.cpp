@@ -15,19 +15,20 @@
 namespace gapless::cpu {
 namespace {
 
-// A tile of few rows over many keys is cut along its keys, so that one long sequence still feeds every thread. The
-// limits are part of the result's bits and so depend on nothing but the tile.
+// A tile of few rows over many keys is cut along its keys, so that one long sequence still feeds every
+// thread. The limits are part of the result's bits and so depend on nothing but the tile.
 constexpr int64_t kSplitRows = 64, kSplitKeys = 1024;
 
 void check(bool fine, const char* what, int64_t at, int64_t value, const std::string& wanted) {
     if (!fine)
-        throw std::runtime_error(std::string(what) + "[" + std::to_string(at) + "] is " + std::to_string(value) +
-                                 ": it has to be " + wanted);
+        throw std::runtime_error(std::string(what) + "[" + std::to_string(at) + "] is " +
+                                 std::to_string(value) + ": it has to be " + wanted);
 }
 
 void check_lengths(const int32_t* cu, const char* name, int64_t batch, int64_t total) {
     check(cu[0] == 0, name, 0, cu[0], "0");
-    for (int64_t i = 1; i <= batch; ++i) check(cu[i] >= cu[i - 1], name, i, cu[i], "at least " + std::to_string(cu[i - 1]));
+    for (int64_t i = 1; i <= batch; ++i)
+        check(cu[i] >= cu[i - 1], name, i, cu[i], "at least " + std::to_string(cu[i - 1]));
     check(cu[batch] == total, name, batch, cu[batch], "the number of tokens, " + std::to_string(total));
 }
 
@@ -38,7 +39,8 @@ void check_tiles(const int32_t* tiles, const char* name, int64_t count, int64_t 
         check(s >= 0 && s < batch, name, 3 * i, s, "-1 or below the batch size, " + std::to_string(batch));
         const int64_t length = cu[s + 1] - cu[s];
         check(begin >= 0 && begin <= end, name, 3 * i + 1, begin, "between 0 and the tile's end");
-        check(end <= length, name, 3 * i + 2, end, "at most the sequence's length, " + std::to_string(length));
+        check(end <= length, name, 3 * i + 2, end,
+              "at most the sequence's length, " + std::to_string(length));
     }
 }
 
@@ -55,8 +57,8 @@ std::pair<int64_t, int64_t> tile_keys(const VarlenParams& p, const int32_t* tile
     return {begin, std::max(begin, end)};
 }
 
-/// Runs body(0), ..., body(count - 1), each once, handed out in this order and in groups of `together` to whichever
-/// thread is free.
+/// Runs body(0), ..., body(count - 1), each once, handed out in this order and in groups of `together` to
+/// whichever thread is free.
 template <class Body>
 void in_order(int64_t count, int64_t together, const OnEveryThread& threads, const Body& body) {
     std::atomic<int64_t> next{0};
@@ -80,7 +82,8 @@ void check_varlen(const VarlenParams& p, const VarlenSizes& n) {
     if (!p.block_table) check_lengths(p.cu_seqlens_k, "cu_seqlens_k", n.batch, n.total_k);
     if (p.seqused_k)
         for (int64_t i = 0; i < n.batch; ++i) {
-            const int64_t room = p.block_table ? p.max_pages * p.page_size : p.cu_seqlens_k[i + 1] - p.cu_seqlens_k[i];
+            const int64_t room =
+                p.block_table ? p.max_pages * p.page_size : p.cu_seqlens_k[i + 1] - p.cu_seqlens_k[i];
             check(p.seqused_k[i] >= 0 && p.seqused_k[i] <= room, "seqused_k", i, p.seqused_k[i],
                   "from 0 to the sequence's room, " + std::to_string(room));
         }
@@ -121,22 +124,26 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEve
         merges.push_back({int32_t(t), partial_rows, count});
         for (int64_t i = 0; i < count; ++i) {
             // The first part begins at key 0, which marks it as the one that counts the sink.
-            const int64_t from = i == 0 ? 0 : begin + i * kSplitKeys, to = std::min(end, begin + (i + 1) * kSplitKeys);
+            const int64_t from = i == 0 ? 0 : begin + i * kSplitKeys,
+                          to = std::min(end, begin + (i + 1) * kSplitKeys);
             parts.push_back({int32_t(t), int32_t(from), int32_t(to), partial_rows});
             partial_rows += rows;
         }
     }
     const int64_t row_bytes = (p.dim_v + 2) * (p.dtype == DType::kFloat64 ? 8 : 4);
-    const std::unique_ptr<char[]> partials(partial_rows ? new char[partial_rows * p.kv_heads * row_bytes] : nullptr);
+    const std::unique_ptr<char[]> partials(partial_rows ? new char[partial_rows * p.kv_heads * row_bytes]
+                                                        : nullptr);
     const auto address = [&](int64_t row, int64_t kv_head) {
         return partials.get() + (kv_head * partial_rows + row) * row_bytes;
     };
     const Kernels& k = kernels();
-    in_order(int64_t(parts.size()) * p.kv_heads, heads_together(int64_t(parts.size()), p.kv_heads), threads, [&](int64_t i) {
-        const Part& part = parts[i / p.kv_heads];
-        const int32_t head = int32_t(i % p.kv_heads);
-        k.varlen_forward(p, {part.tile, head, part.begin, part.end, part.partial < 0 ? nullptr : address(part.partial, head)});
-    });
+    in_order(int64_t(parts.size()) * p.kv_heads, heads_together(int64_t(parts.size()), p.kv_heads), threads,
+             [&](int64_t i) {
+                 const Part& part = parts[i / p.kv_heads];
+                 const int32_t head = int32_t(i % p.kv_heads);
+                 k.varlen_forward(p, {part.tile, head, part.begin, part.end,
+                                      part.partial < 0 ? nullptr : address(part.partial, head)});
+             });
     in_order(int64_t(merges.size()) * p.kv_heads, 1, threads, [&](int64_t i) {
         const Merge& merge = merges[i / p.kv_heads];
         const int32_t head = int32_t(i % p.kv_heads);
@@ -144,7 +151,8 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEve
     });
 }
 
-void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, double* dsinks, const OnEveryThread& threads) {
+void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, double* dsinks,
+                     const OnEveryThread& threads) {
     const VarlenParams& p = b.forward;
     const Kernels& k = kernels();
     constexpr int64_t kDeltaTokens = 256;
@@ -152,8 +160,9 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
         k.varlen_delta(b, i * kDeltaTokens, std::min(p.total_q, (i + 1) * kDeltaTokens));
     });
 
-    // A unit is one sequence and kv head: its tiles hand dq on to each other. They are claimed in order, so a tile never
-    // waits for one that nobody has begun, and only as many units as threads hold memory at a time.
+    // A unit is one sequence and kv head: its tiles hand dq on to each other. They are claimed in order, so a
+    // tile never waits for one that nobody has begun, and only as many units as threads hold memory at a
+    // time.
     struct Unit {
         int32_t first_tile, tiles;
         int64_t rows;
@@ -178,7 +187,8 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
     // Kernels may pad dim to whole tiles of 16.
     std::vector<Unit> units(runs.size() * p.kv_heads);
     std::vector<Item> items;
-    const int64_t group = p.heads / p.kv_heads, row_bytes = (p.dim + 15) / 16 * 16 * (p.dtype == DType::kFloat64 ? 8 : 4);
+    const int64_t group = p.heads / p.kv_heads,
+                  row_bytes = (p.dim + 15) / 16 * 16 * (p.dtype == DType::kFloat64 ? 8 : 4);
     for (size_t u = 0; u < units.size(); ++u) {
         const auto [first, tiles] = runs[u / p.kv_heads];
         const int32_t sequence = p.tiles[3 * first];
@@ -186,27 +196,29 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
         units[u].rows = (p.cu_seqlens_q[sequence + 1] - p.cu_seqlens_q[sequence]) * group;
         for (int32_t i = 0; i < tiles; ++i) items.push_back({int64_t(u), i});
     }
-    in_order(int64_t(items.size()), heads_together(int64_t(runs.size()), p.kv_heads), threads, [&](int64_t i) {
-        Unit& unit = units[items[i].unit];
-        const bool shared = unit.tiles > 1;
-        if (shared) {
-            const std::lock_guard lock(unit.mutex);
-            if (unit.turns.empty()) {
-                unit.turns.resize(unit.rows / k.backward_block_rows + 1);
-                unit.dq.resize((unit.rows + k.backward_block_rows) * row_bytes);
-            }
-        }
-        k.varlen_backward(b, {int32_t(items[i].unit % p.kv_heads), unit.first_tile, unit.tiles, items[i].tile,
-                              shared ? unit.dq.data() : nullptr, unit.turns.data()});
-        if (shared) {
-            const std::lock_guard lock(unit.mutex);
-            if (--unit.left == 0) std::vector<char>().swap(unit.dq);
-        }
-    });
+    in_order(int64_t(items.size()), heads_together(int64_t(runs.size()), p.kv_heads), threads,
+             [&](int64_t i) {
+                 Unit& unit = units[items[i].unit];
+                 const bool shared = unit.tiles > 1;
+                 if (shared) {
+                     const std::lock_guard lock(unit.mutex);
+                     if (unit.turns.empty()) {
+                         unit.turns.resize(unit.rows / k.backward_block_rows + 1);
+                         unit.dq.resize((unit.rows + k.backward_block_rows) * row_bytes);
+                     }
+                 }
+                 k.varlen_backward(b, {int32_t(items[i].unit % p.kv_heads), unit.first_tile, unit.tiles,
+                                       items[i].tile, shared ? unit.dq.data() : nullptr, unit.turns.data()});
+                 if (shared) {
+                     const std::lock_guard lock(unit.mutex);
+                     if (--unit.left == 0) std::vector<char>().swap(unit.dq);
+                 }
+             });
 
     if (!p.sinks) return;
     const auto at = [&](const void* x, int64_t i) {
-        return p.dtype == DType::kFloat64 ? static_cast<const double*>(x)[i] : double(static_cast<const float*>(x)[i]);
+        return p.dtype == DType::kFloat64 ? static_cast<const double*>(x)[i]
+                                          : double(static_cast<const float*>(x)[i]);
     };
     in_order(p.heads, 1, threads, [&](int64_t head) {
         double sum = 0;

@@ -25,6 +25,7 @@ void check_varlen(const VarlenParams& p, const VarlenSizes& sizes);
 void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEveryThread& threads);
 
 /// Fills delta, dq, dk and dv, and dsinks [heads] if there are sinks.
-void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, double* dsinks, const OnEveryThread& threads);
+void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, double* dsinks,
+                     const OnEveryThread& threads);
 
 }  // namespace gapless::cpu

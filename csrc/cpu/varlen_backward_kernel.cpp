@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention backward over one tile of keys, in the forward kernel's layout: queries in lanes, keys down the rows. Scores
-// are computed again from the LSE (FlashAttention-2, arXiv:2307.08691). dk and dv of the tile stay in this thread's
-// scratch; dq is summed over the tiles of a sequence in a fixed order, each block of rows being handed from tile to tile.
-// Blocks are walked from the last to the first: then a tile is always one block behind the one before it, whatever the
-// mask cuts off.
+// Attention backward over one tile of keys, in the forward kernel's layout: queries in lanes, keys down the
+// rows. Scores are computed again from the LSE (FlashAttention-2, arXiv:2307.08691). dk and dv of the tile
+// stay in this thread's scratch; dq is summed over the tiles of a sequence in a fixed order, each block of
+// rows being handed from tile to tile. Blocks are walked from the last to the first: then a tile is always
+// one block behind the one before it, whatever the mask cuts off.
 #include <sched.h>
 
 #include "csrc/cpu/amx_tiles.h"
@@ -67,7 +67,8 @@ class VectorGradients {
     static constexpr int kVecs = kBlockRows / kLanes<T>;
     using View = StripView<T, kVecs>;
 
-    explicit VectorGradients(const VarlenParams& p) : p(p), dim(padded<T>(p.dim)), dim_v(padded<T>(p.dim_v)) {}
+    explicit VectorGradients(const VarlenParams& p)
+        : p(p), dim(padded<T>(p.dim)), dim_v(padded<T>(p.dim_v)) {}
 
     static int64_t width(int64_t rows) { return padded<T>(rows); }
     static int64_t dq_width(const VarlenParams& p) { return p.dim; }
@@ -101,8 +102,10 @@ class VectorGradients {
         std::memset(dout_rows + count * dim_v, 0, (lanes - count) * dim_v * sizeof(T));
     }
 
-    /// Keys [from, to), counted from the tile's first, which is key `origin`: adds to dk and dv, keeps the scores' gradients.
-    void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes, const Cells<T>& cells) {
+    /// Keys [from, to), counted from the tile's first, which is key `origin`: adds to dk and dv, keeps the
+    /// scores' gradients.
+    void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes,
+              const Cells<T>& cells) {
         Segment segments[View::kMaxSegments];
         const int count = view.split(origin + from, origin + to, segments);
         for (int i = 0; i < count; ++i) {
@@ -110,8 +113,10 @@ class VectorGradients {
             const int64_t n = s.end - s.begin, at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
             const int64_t vecs = s.vec_end - s.vec_begin, depth = vecs * kLanes<T>;
             T *ps = probabilities + lane, *ds = dscores + at * lanes + lane;
-            gemm<Init::kZero, T>({k + at * dim, dim, 1, query_panel + lane, lanes, ps, lanes, p.dim, nullptr}, n, vecs);
-            gemm<Init::kZero, T>({v + at * dim_v, dim_v, 1, dout_panel + lane, lanes, ds, lanes, p.dim_v, nullptr}, n, vecs);
+            gemm<Init::kZero, T>({k + at * dim, dim, 1, query_panel + lane, lanes, ps, lanes, p.dim, nullptr},
+                                 n, vecs);
+            gemm<Init::kZero, T>(
+                {v + at * dim_v, dim_v, 1, dout_panel + lane, lanes, ds, lanes, p.dim_v, nullptr}, n, vecs);
             cells.by_kind(s.partial, [&]<bool kScored, bool kMasked>() {
                 for (int64_t key = 0; key < n; ++key)
                     for (int64_t l = 0; l < depth; l += kLanes<T>) {
@@ -121,10 +126,12 @@ class VectorGradients {
                         store(ds + key * lanes + l, d);
                     }
             });
-            gemm<Init::kAdd, T>({ps, lanes, 1, dout_rows + lane * dim_v, dim_v, dv + at * dim_v, dim_v, depth, nullptr}, n,
-                                dim_v / kLanes<T>);
-            gemm<Init::kAdd, T>({ds, lanes, 1, query_rows + lane * dim, dim, dk + at * dim, dim, depth, nullptr}, n,
-                                dim / kLanes<T>);
+            gemm<Init::kAdd, T>(
+                {ps, lanes, 1, dout_rows + lane * dim_v, dim_v, dv + at * dim_v, dim_v, depth, nullptr}, n,
+                dim_v / kLanes<T>);
+            gemm<Init::kAdd, T>(
+                {ds, lanes, 1, query_rows + lane * dim, dim, dk + at * dim, dim, depth, nullptr}, n,
+                dim / kLanes<T>);
         }
     }
 
@@ -136,8 +143,8 @@ class VectorGradients {
             for (int i = 0; i < count; ++i) {
                 const Segment& s = segments[i];
                 const int64_t at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
-                gemm<Init::kAdd, T>({k + at * dim, 1, dim, dscores + at * lanes + lane, lanes, dq + lane, lanes,
-                                     s.end - s.begin, nullptr},
+                gemm<Init::kAdd, T>({k + at * dim, 1, dim, dscores + at * lanes + lane, lanes, dq + lane,
+                                     lanes, s.end - s.begin, nullptr},
                                     p.dim, s.vec_end - s.vec_begin);
             }
         }
@@ -153,14 +160,18 @@ class VectorGradients {
 };
 
 #if defined(__AMX_BF16__)
-/// The five products of bfloat16 on tile registers: whole blocks of rows and steps of keys, padded with zeros.
+/// The five products of bfloat16 on tile registers: whole blocks of rows and steps of keys, padded with
+/// zeros.
 class TileGradients {
   public:
     using T = float;
     using View = StripView<float, kBlockRows / kTile>;
 
     explicit TileGradients(const VarlenParams& p)
-        : p(p), dim(round_up(p.dim, kTile)), dim_v(round_up(p.dim_v, kTile)), depth(round_up(p.dim, kTileDepth)),
+        : p(p),
+          dim(round_up(p.dim, kTile)),
+          dim_v(round_up(p.dim_v, kTile)),
+          depth(round_up(p.dim, kTileDepth)),
           depth_v(round_up(p.dim_v, kTileDepth)) {}
 
     static int64_t width(int64_t rows) { return round_up(rows, kTileDepth); }
@@ -193,10 +204,12 @@ class TileGradients {
         pack_pairs(dout, count, p.dim_v, dout_pairs, lanes);
     }
 
-    void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes, const Cells<float>& cells) {
+    void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes,
+              const Cells<float>& cells) {
         const int64_t n = to - from, rows = round_up(n, kTileDepth);
         multiply({k + from * depth, depth, query_panel, lanes, scores, lanes, n, lanes, depth, false});
-        multiply({v + from * depth_v, depth_v, dout_panel, lanes, gradients, lanes, n, lanes, depth_v, false});
+        multiply(
+            {v + from * depth_v, depth_v, dout_panel, lanes, gradients, lanes, n, lanes, depth_v, false});
         uint32_t* pairs = dscore_pairs + from / 2 * lanes;
         cells.by_kind(view.cuts(origin + from, origin + to), [&]<bool kScored, bool kMasked>() {
             for (int64_t key = 0; key < rows; key += 2)
@@ -205,7 +218,8 @@ class TileGradients {
 #pragma GCC unroll 2
                     for (int i = 0; i < 2; ++i) {
                         if (key + i >= n) break;
-                        e[i] = load(scores + (key + i) * lanes + l), d[i] = load(gradients + (key + i) * lanes + l);
+                        e[i] = load(scores + (key + i) * lanes + l),
+                        d[i] = load(gradients + (key + i) * lanes + l);
                         cells.template operator()<kScored, kMasked>(origin + from + key + i, l, &e[i], &d[i]);
                     }
                     for (int i = 0; i < 2; ++i) {
@@ -220,8 +234,8 @@ class TileGradients {
     }
 
     void add_dq(const View&, int64_t, int64_t from, int64_t to, int64_t lanes, float* dq) const {
-        multiply({k_columns + from, padded_keys, dscore_pairs + from / 2 * lanes, lanes, dq, lanes, dim, lanes,
-                  round_up(to - from, kTileDepth), true});
+        multiply({k_columns + from, padded_keys, dscore_pairs + from / 2 * lanes, lanes, dq, lanes, dim,
+                  lanes, round_up(to - from, kTileDepth), true});
     }
 
     const float* dk_row(int64_t key) const { return dk + key * dim; }
@@ -297,14 +311,16 @@ class Backward {
     }
 
     E* key_row(const Packed& x, int64_t key) const {
-        return static_cast<E*>(x.data) + item.kv_head * x.head_stride + (first_key + key_begin + key) * x.token_stride;
+        return static_cast<E*>(x.data) + item.kv_head * x.head_stride +
+               (first_key + key_begin + key) * x.token_stride;
     }
 
     static void write_row(E* to, const T* from, int64_t width, T scale) {
         for (int64_t d = 0; d < width; d += kLanes<T>) store_row(to, d, width, load(from + d) * scale);
     }
 
-    /// Which of the sequence's tiles see a block of rows: how many before this one, and whether it is the last.
+    /// Which of the sequence's tiles see a block of rows: how many before this one, and whether it is the
+    /// last.
     struct Turn {
         int32_t before = 0;
         bool last = true, any = false;
@@ -324,7 +340,8 @@ class Backward {
     void block(int64_t row, int64_t count) {
         const int64_t begin = map.begin(row), end = map.end(row + count - 1), lanes = Gradients::width(count);
         const Turn turn = turn_of(begin, end);
-        if (!turn.any && item.tile == 0) {  // nobody sees these rows: their gradient is 0, and somebody has to write it
+        if (!turn.any &&
+            item.tile == 0) {  // nobody sees these rows: their gradient is 0, and somebody has to write it
             locate(row, count, lanes);
             std::memset(dq, 0, lanes * Gradients::dq_width(p) * sizeof(T));
             return write_dq(dq, count, lanes);
@@ -360,11 +377,14 @@ class Backward {
         const T* delta_in = static_cast<const T*>(b.delta);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t head = item.kv_head * group + member;
-            query_rows[i] = static_cast<const E*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
-            dout_rows[i] = static_cast<const E*>(b.dout.data) + token * b.dout.token_stride + head * b.dout.head_stride;
+            query_rows[i] =
+                static_cast<const E*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
+            dout_rows[i] =
+                static_cast<const E*>(b.dout.data) + token * b.dout.token_stride + head * b.dout.head_stride;
             dq_rows[i] = static_cast<E*>(b.dq.data) + token * b.dq.token_stride + head * b.dq.head_stride;
             const T l = lse_in[head * p.total_q + token];
-            cells.lse[i] = l == -kInfinity<T> ? kInfinity<T> : l;  // a row that saw nothing: every exp gives 0
+            cells.lse[i] =
+                l == -kInfinity<T> ? kInfinity<T> : l;  // a row that saw nothing: every exp gives 0
             cells.delta[i] = delta_in[head * p.total_q + token];
             if (++member == group) member = 0, ++token;
         }
@@ -395,10 +415,13 @@ void varlen_delta(const VarlenBackwardParams& b, int64_t begin, int64_t end) {
         const VarlenParams& p = b.forward;
         for (int64_t token = begin; token < end; ++token)
             for (int64_t head = 0; head < p.heads; ++head) {
-                const E* out = static_cast<const E*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride;
-                const E* dout = static_cast<const E*>(b.dout.data) + token * b.dout.token_stride + head * b.dout.head_stride;
+                const E* out =
+                    static_cast<const E*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride;
+                const E* dout = static_cast<const E*>(b.dout.data) + token * b.dout.token_stride +
+                                head * b.dout.head_stride;
                 Vec<T> sums = {};
-                for (int64_t d = 0; d < p.dim_v; d += kLanes<T>) sums += load_row(out, d, p.dim_v) * load_row(dout, d, p.dim_v);
+                for (int64_t d = 0; d < p.dim_v; d += kLanes<T>)
+                    sums += load_row(out, d, p.dim_v) * load_row(dout, d, p.dim_v);
                 T sum = 0;
                 for (int i = 0; i < kLanes<T>; ++i) sum += sums[i];
                 const int64_t at = head * p.total_q + token;

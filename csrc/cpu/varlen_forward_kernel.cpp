@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention forward, transposed: queries lie in the lanes of vectors, keys run down the rows. Then keys and values are
-// read as they lie in memory, one scalar at a time, softmax needs no horizontal operation, and a mask is a comparison of
-// lanes. Online softmax as in FlashAttention-2 (arXiv:2307.08691).
+// Attention forward, transposed: queries lie in the lanes of vectors, keys run down the rows. Then keys and
+// values are read as they lie in memory, one scalar at a time, softmax needs no horizontal operation, and a
+// mask is a comparison of lanes. Online softmax as in FlashAttention-2 (arXiv:2307.08691).
 #include "csrc/cpu/amx_tiles.h"
 #include "csrc/cpu/gemm_tiles.h"
 #include "csrc/cpu/kernels.h"
@@ -11,8 +11,9 @@
 namespace gapless::cpu::GAPLESS_ISA {
 namespace {
 
-constexpr int64_t kTileKeys = 128;     // scores of a strip stay in L1
-constexpr int64_t kSharingRows = 384;  // rows that share one packing of keys and values; their state stays in L2
+constexpr int64_t kTileKeys = 128;  // scores of a strip stay in L1
+constexpr int64_t kSharingRows =
+    384;  // rows that share one packing of keys and values; their state stays in L2
 
 /// Part of a strip: its panel of queries, scores, exponentials and outputs, all `width` lanes wide.
 template <class T>
@@ -24,9 +25,10 @@ struct Strip {
     int64_t width;
 };
 
-/// Brings rows of the next tile near, a few cache lines at a time. Rows of one head lie too far apart for the hardware to
-/// foresee them, and all at once they would stall the loads that are needed now: so each strip asks for its share of every
-/// row's lines, from inside its loop of exponentials, which hardly touches memory.
+/// Brings rows of the next tile near, a few cache lines at a time. Rows of one head lie too far apart for the
+/// hardware to foresee them, and all at once they would stall the loads that are needed now: so each strip
+/// asks for its share of every row's lines, from inside its loop of exponentials, which hardly touches
+/// memory.
 struct Ahead {
     const char *const *keys, *const *values;
     int64_t rows, key_bytes, value_bytes;
@@ -34,13 +36,15 @@ struct Ahead {
 
     GAPLESS_INLINE void touch(int64_t row) const {
         if (row >= rows) return;
-        for (int64_t at = first * 64; at < key_bytes; at += step * 64) __builtin_prefetch(keys[row] + at, 0, 2);
-        for (int64_t at = first * 64; at < value_bytes; at += step * 64) __builtin_prefetch(values[row] + at, 0, 2);
+        for (int64_t at = first * 64; at < key_bytes; at += step * 64)
+            __builtin_prefetch(keys[row] + at, 0, 2);
+        for (int64_t at = first * 64; at < value_bytes; at += step * 64)
+            __builtin_prefetch(values[row] + at, 0, 2);
     }
 };
 
-/// Products by fused multiply-add, for any type. Keys and values are copied even if they need no widening: rows of one
-/// head lie a page or so apart in memory, where they would push each other out of the cache.
+/// Products by fused multiply-add, for any type. Keys and values are copied even if they need no widening:
+/// rows of one head lie a page or so apart in memory, where they would push each other out of the cache.
 template <class E>
 class VectorProducts {
   public:
@@ -74,9 +78,10 @@ class VectorProducts {
 
     void scores(const Strip<T>& strip, const Segment& s, int64_t from) const {
         const int64_t at = s.begin - from, lane = s.vec_begin * kLanes<T>;
-        gemm<Init::kZero, T>({keys + at * dim, dim, 1, static_cast<const T*>(strip.queries) + lane, strip.width,
-                              strip.scores + at * strip.width + lane, strip.width, p.dim, nullptr},
-                             s.end - s.begin, s.vec_end - s.vec_begin);
+        gemm<Init::kZero, T>(
+            {keys + at * dim, dim, 1, static_cast<const T*>(strip.queries) + lane, strip.width,
+             strip.scores + at * strip.width + lane, strip.width, p.dim, nullptr},
+            s.end - s.begin, s.vec_end - s.vec_begin);
     }
 
     /// exp(score * factor - base) of a segment, added up per lane.
@@ -101,14 +106,22 @@ class VectorProducts {
     }
 
     void outputs(const Strip<T>& strip, const Segment* segments, int count, int64_t from, int vecs) const {
-        // The first segment's product rescales what is there, if it has every vector; else that takes a round of its own.
+        // The first segment's product rescales what is there, if it has every vector; else that takes a round
+        // of its own.
         const bool fused = segments[0].vec_begin == 0 && segments[0].vec_end == vecs;
         if (!fused) rescale(strip, p.dim_v, vecs);
         for (int i = 0; i < count; ++i) {
             const Segment& s = segments[i];
             const int64_t at = s.begin - from, lane = s.vec_begin * kLanes<T>;
-            const Gemm<T> g{values + at * dim_v, 1, dim_v, strip.scores + at * strip.width + lane, strip.width,
-                            strip.out + lane, strip.width, s.end - s.begin, strip.factor + lane};
+            const Gemm<T> g{values + at * dim_v,
+                            1,
+                            dim_v,
+                            strip.scores + at * strip.width + lane,
+                            strip.width,
+                            strip.out + lane,
+                            strip.width,
+                            s.end - s.begin,
+                            strip.factor + lane};
             if (fused && i == 0)
                 gemm<Init::kScale>(g, p.dim_v, s.vec_end - s.vec_begin);
             else
@@ -131,8 +144,8 @@ class VectorProducts {
 };
 
 #if defined(__AMX_BF16__)
-/// Products of bfloat16 on tile registers. Whole strips and padded tiles only, so there is one segment, of all vectors;
-/// the exponentials, rounded to bfloat16, are pairs of keys.
+/// Products of bfloat16 on tile registers. Whole strips and padded tiles only, so there is one segment, of
+/// all vectors; the exponentials, rounded to bfloat16, are pairs of keys.
 class TileProducts {
   public:
     using T = float;
@@ -141,7 +154,9 @@ class TileProducts {
 
     explicit TileProducts(const VarlenParams& p) : p(p) {}
 
-    static int64_t panel_bytes(const VarlenParams& p, int64_t rows) { return rows * round_up(p.dim, kTileDepth) * 2; }
+    static int64_t panel_bytes(const VarlenParams& p, int64_t rows) {
+        return rows * round_up(p.dim, kTileDepth) * 2;
+    }
     static int64_t out_width(const VarlenParams& p) { return round_up(p.dim_v, kTile); }
     void carve(Carver& c) {
         keys = c.take<bf16>(kTileKeys * round_up(p.dim, kTileDepth));
@@ -167,8 +182,8 @@ class TileProducts {
 
     void scores(const Strip<float>& strip, const Segment& s, int64_t) const {
         const int64_t depth = round_up(p.dim, kTileDepth);
-        multiply({keys, depth, static_cast<const uint32_t*>(strip.queries), strip.width, strip.scores, strip.width,
-                  s.end - s.begin, strip.width, depth, false});
+        multiply({keys, depth, static_cast<const uint32_t*>(strip.queries), strip.width, strip.scores,
+                  strip.width, s.end - s.begin, strip.width, depth, false});
     }
 
     template <int n>
@@ -180,8 +195,9 @@ class TileProducts {
 #pragma GCC unroll 4
             for (int v = 0; v < n; ++v) {
                 const Vec<float> even = vexp<4>(load(block + v * kTile) * factor - base[v]);
-                const Vec<float> odd =
-                    k + 1 < count ? vexp<4>(load(block + width + v * kTile) * factor - base[v]) : Vec<float>{};
+                const Vec<float> odd = k + 1 < count
+                                           ? vexp<4>(load(block + width + v * kTile) * factor - base[v])
+                                           : Vec<float>{};
                 sum[v] += even + odd;
                 _mm512_storeu_si512(to + v * kTile, round_pairs(even, odd));
             }
@@ -222,7 +238,8 @@ class Forward {
         const int32_t* cu_k = p.cu_seqlens_k + sequence;
         first_token = cu_q[0];
         first_key = cu_k[0];
-        map = {group, cu_q[1] - cu_q[0], p.seqused_k ? p.seqused_k[sequence] : cu_k[1] - cu_k[0], p.left, p.right};
+        map = {group, cu_q[1] - cu_q[0], p.seqused_k ? p.seqused_k[sequence] : cu_k[1] - cu_k[0], p.left,
+               p.right};
         row_begin = tile[1] * group, row_end = tile[2] * group;
         rewritten = p.softcap > 0 || p.alibi_slopes || !(p.scale > 0);
     }
@@ -232,7 +249,8 @@ class Forward {
         carve(sizes);
         Carver memory(scratch(sizes.used()));
         carve(memory);
-        for (int64_t row = row_begin; row < row_end; row += kSharingRows) block(row, least(kSharingRows, row_end - row));
+        for (int64_t row = row_begin; row < row_end; row += kSharingRows)
+            block(row, least(kSharingRows, row_end - row));
     }
 
   private:
@@ -283,8 +301,12 @@ class Forward {
 
     /// The share of strip `at` of `rows` in bringing the located tile near.
     Ahead ahead(int64_t keys, int64_t at, int64_t rows) const {
-        return {reinterpret_cast<const char* const*>(key_rows), reinterpret_cast<const char* const*>(value_rows), keys,
-                p.dim * int64_t(sizeof(E)), p.dim_v * int64_t(sizeof(E)), at / kStripRows,
+        return {reinterpret_cast<const char* const*>(key_rows),
+                reinterpret_cast<const char* const*>(value_rows),
+                keys,
+                p.dim * int64_t(sizeof(E)),
+                p.dim_v * int64_t(sizeof(E)),
+                at / kStripRows,
                 (rows + kStripRows - 1) / kStripRows};
     }
 
@@ -311,10 +333,12 @@ class Forward {
         int64_t token = first_token + map.query(row), member = row % group;
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t head = item.kv_head * group + member;
-            query_rows[i] = static_cast<const E*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
+            query_rows[i] =
+                static_cast<const E*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
             out_rows[i] = static_cast<E*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride;
             lse_of_row[i] = static_cast<T*>(p.lse) + head * p.total_q + token;
-            // The sink is one more score, of a key without a value. Of several parts of the keys, the first has it.
+            // The sink is one more score, of a key without a value. Of several parts of the keys, the first
+            // has it.
             const bool sink = p.sinks && item.key_begin == 0;
             top[i] = sink ? T(p.sinks[head]) : -kInfinity<T>;
             sum[i] = sink ? 1 : 0;
@@ -323,7 +347,8 @@ class Forward {
         for (int64_t i = rows; i < padded<T>(rows); ++i) top[i] = -kInfinity<T>, sum[i] = 0;
         for (int64_t at = 0; at < rows; at += kStripRows) {
             const int64_t count = least(kStripRows, rows - at);
-            products.pack_queries(query_rows + at, count, queries + Products::panel_bytes(p, at), padded<T>(count));
+            products.pack_queries(query_rows + at, count, queries + Products::panel_bytes(p, at),
+                                  padded<T>(count));
         }
         std::memset(out, 0, padded<T>(rows) * Products::out_width(p) * sizeof(T));
     }
@@ -334,8 +359,8 @@ class Forward {
         Segment segments[view.kMaxSegments];
         const int count = Products::split(view, from, to, segments);
         if (count == 0) return;
-        const Strip<T> strip{queries + Products::panel_bytes(p, at), scores, out + at * Products::out_width(p), factor,
-                             padded<T>(rows)};
+        const Strip<T> strip{queries + Products::panel_bytes(p, at), scores,
+                             out + at * Products::out_width(p), factor, padded<T>(rows)};
         const T unit = rewritten ? T(1) : T(score_factor(p));
 
         Vec<T> best[kStripVecs], base[kStripVecs], part[kStripVecs];
@@ -345,7 +370,8 @@ class Forward {
             products.scores(strip, s, from);
             T* block = scores + (s.begin - from) * strip.width + s.vec_begin * w;
             if (s.partial || rewritten) modify(s, at, block, strip.width);
-            by_width(s, [&]<int n>() { largest<n>(block, strip.width, s.end - s.begin, best + s.vec_begin); });
+            by_width(s,
+                     [&]<int n>() { largest<n>(block, strip.width, s.end - s.begin, best + s.vec_begin); });
         }
         for (int v = 0; v < view.vecs; ++v) {
             const Vec<T> old_top = load(top + at + v * w), new_top = vmax<T>(best[v] * unit, old_top);
@@ -361,7 +387,8 @@ class Forward {
             by_width(s, [&]<int n>() {
                 Vec<T> b[n], total[n];
                 for (int v = 0; v < n; ++v) b[v] = base[s.vec_begin + v], total[v] = part[s.vec_begin + v];
-                products.template exponentials<n>(block, strip.width, s.end - s.begin, unit, b, total, s.begin - from, next);
+                products.template exponentials<n>(block, strip.width, s.end - s.begin, unit, b, total,
+                                                  s.begin - from, next);
                 for (int v = 0; v < n; ++v) part[s.vec_begin + v] = total[v];
             });
         }
@@ -374,10 +401,14 @@ class Forward {
     static GAPLESS_INLINE void by_width(const Segment& s, const F& f) {
         static_assert(kStripVecs <= 4);
         switch (s.vec_end - s.vec_begin) {
-            case 1: return f.template operator()<1>();
-            case 2: return f.template operator()<2>();
-            case 3: return f.template operator()<(kStripVecs >= 3 ? 3 : 1)>();
-            default: return f.template operator()<(kStripVecs >= 4 ? 4 : 1)>();
+            case 1:
+                return f.template operator()<1>();
+            case 2:
+                return f.template operator()<2>();
+            case 3:
+                return f.template operator()<(kStripVecs >= 3 ? 3 : 1)>();
+            default:
+                return f.template operator()<(kStripVecs >= 4 ? 4 : 1)>();
         }
     }
 
@@ -444,7 +475,8 @@ void varlen_forward(const VarlenParams& p, const ForwardItem& item) {
 template <class E, class T = typename Compute<E>::type>
 void merge_row(const VarlenParams& p, const T* part, int64_t parts, int64_t stride, E* out, T* lse) {
     T top = -kInfinity<T>;
-    for (int64_t i = 0; i < parts; ++i) top = part[i * stride + p.dim_v] > top ? part[i * stride + p.dim_v] : top;
+    for (int64_t i = 0; i < parts; ++i)
+        top = part[i * stride + p.dim_v] > top ? part[i * stride + p.dim_v] : top;
     const T base = top == -kInfinity<T> ? T(0) : top;
     T sum = 0;
     T row[256] = {};
@@ -463,7 +495,8 @@ void varlen_merge(const VarlenParams& p, const MergeItem& item) {
         const int32_t* tile = p.tiles + 3 * item.tile;
         const int64_t group = p.heads / p.kv_heads, rows = (tile[2] - tile[1]) * group, width = p.dim_v + 2;
         for (int64_t row = 0; row < rows; ++row) {
-            const int64_t token = p.cu_seqlens_q[tile[0]] + tile[1] + row / group, head = item.kv_head * group + row % group;
+            const int64_t token = p.cu_seqlens_q[tile[0]] + tile[1] + row / group,
+                          head = item.kv_head * group + row % group;
             merge_row<E>(p, static_cast<const T*>(item.partials) + row * width, item.parts, rows * width,
                          static_cast<E*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride,
                          static_cast<T*>(p.lse) + head * p.total_q + token);

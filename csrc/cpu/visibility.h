@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which keys a row sees, and how a strip of rows splits a range of keys into pieces that whole vectors of rows share.
+// Which keys a row sees, and how a strip of rows splits a range of keys into pieces that whole vectors of
+// rows share.
 #pragma once
 
 #include "csrc/cpu/simd.h"
@@ -10,8 +11,8 @@ namespace {
 GAPLESS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 GAPLESS_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/// Rows of one kv head of one sequence. The query heads that share the head are rows of their own, beside each other, so
-/// that a row's position never decreases: row = query * group + head in group.
+/// Rows of one kv head of one sequence. The query heads that share the head are rows of their own, beside
+/// each other, so that a row's position never decreases: row = query * group + head in group.
 struct RowMap {
     int64_t group, len_q, len_k;
     int32_t left, right;
@@ -22,7 +23,9 @@ struct RowMap {
     int64_t begin(int64_t row) const { return begin_at(position(row)); }
     int64_t end(int64_t row) const { return end_at(position(row)); }
     int64_t begin_at(int64_t position) const { return left < 0 ? 0 : most(0, position - left); }
-    int64_t end_at(int64_t position) const { return right < 0 ? len_k : most(0, least(len_k, position + right + 1)); }
+    int64_t end_at(int64_t position) const {
+        return right < 0 ? len_k : most(0, least(len_k, position + right + 1));
+    }
 };
 
 /// Keys [begin, end) and the vectors of rows [vec_begin, vec_end) that see some of them.

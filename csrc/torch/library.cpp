@@ -16,10 +16,12 @@ std::string cpu_isa() { return gapless::cpu::kernels().isa; }
 STABLE_TORCH_LIBRARY(gapless, m) {
     // plan: cu_seqlens_q, cu_seqlens_k, query_tiles, key_tiles. score: scale, softcap. window: left, right.
     m.def(
-        "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor[] plan, Tensor? seqused_k, Tensor? block_table, "
+        "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor[] plan, Tensor? seqused_k, Tensor? "
+        "block_table, "
         "Tensor? alibi_slopes, Tensor? sinks, float[] score, int[] window) -> (Tensor out, Tensor lse)");
     m.def(
-        "varlen_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "varlen_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+        "lse, "
         "Tensor[] plan, Tensor? alibi_slopes, Tensor? sinks, float[] score, int[] window) "
         "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
     m.def("cpu_isa() -> str");
@@ -27,6 +29,7 @@ STABLE_TORCH_LIBRARY(gapless, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gapless, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }

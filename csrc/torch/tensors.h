@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From tensors to the plain structs that kernels take, refusing what would make them touch memory that is not theirs.
+// From tensors to the plain structs that kernels take, refusing what would make them touch memory that is not
+// theirs.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,17 +18,24 @@ using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
     switch (t.scalar_type()) {
-        case ScalarType::Float: return DType::kFloat32;
-        case ScalarType::BFloat16: return DType::kBFloat16;
-        case ScalarType::Half: return DType::kFloat16;
-        case ScalarType::Double: return DType::kFloat64;
-        default: break;
+        case ScalarType::Float:
+            return DType::kFloat32;
+        case ScalarType::BFloat16:
+            return DType::kBFloat16;
+        case ScalarType::Half:
+            return DType::kFloat16;
+        case ScalarType::Double:
+            return DType::kFloat64;
+        default:
+            break;
     }
     STD_TORCH_CHECK(false, name, " has to be float32, bfloat16, float16 or float64");
     return DType::kFloat32;
 }
 
-inline ScalarType lse_type(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType lse_type(DType dtype) {
+    return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
 
 inline void check_cpu(const Tensor& t, const char* name, int64_t dims) {
     STD_TORCH_CHECK(t.is_cpu(), name, " is not a CPU tensor");
@@ -35,7 +43,8 @@ inline void check_cpu(const Tensor& t, const char* name, int64_t dims) {
 }
 
 /// A small tensor of known type and shape, contiguous.
-inline Tensor checked(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
+inline Tensor checked(const Tensor& t, const char* name, ScalarType type,
+                      std::initializer_list<int64_t> shape) {
     check_cpu(t, name, static_cast<int64_t>(shape.size()));
     STD_TORCH_CHECK(t.scalar_type() == type, name, " is of the wrong dtype");
     int64_t i = 0;

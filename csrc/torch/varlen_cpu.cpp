@@ -40,22 +40,29 @@ struct Call {
         STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                         "q, k and v have to be of one dtype");
         for (int64_t i = 0; i + 1 < key_dims; ++i)
-            STD_TORCH_CHECK(k.size(i) == v.size(i), "k and v differ in dimension ", i, ": ", k.size(i), " and ", v.size(i));
-        const int64_t heads = q.size(1), kv_heads = k.size(key_dims - 2), dim = q.size(2), dim_v = v.size(key_dims - 1);
-        STD_TORCH_CHECK(k.size(key_dims - 1) == dim, "k has head dim ", k.size(key_dims - 1), ", q has ", dim);
-        STD_TORCH_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "q has ", heads, " heads, k has ", kv_heads);
-        STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim && dim_v >= 1 && dim_v <= kMaxDim, "head dims are ", dim, " and ",
-                        dim_v, ": they have to be from 1 to ", kMaxDim);
+            STD_TORCH_CHECK(k.size(i) == v.size(i), "k and v differ in dimension ", i, ": ", k.size(i),
+                            " and ", v.size(i));
+        const int64_t heads = q.size(1), kv_heads = k.size(key_dims - 2), dim = q.size(2),
+                      dim_v = v.size(key_dims - 1);
+        STD_TORCH_CHECK(k.size(key_dims - 1) == dim, "k has head dim ", k.size(key_dims - 1), ", q has ",
+                        dim);
+        STD_TORCH_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "q has ", heads, " heads, k has ",
+                        kv_heads);
+        STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim && dim_v >= 1 && dim_v <= kMaxDim, "head dims are ", dim,
+                        " and ", dim_v, ": they have to be from 1 to ", kMaxDim);
         STD_TORCH_CHECK(plan.size() == 4, "plan has ", plan.size(), " tensors: it has to have 4");
-        STD_TORCH_CHECK(score.size() == 2, "score has ", score.size(), " entries: it has to be scale, softcap");
+        STD_TORCH_CHECK(score.size() == 2, "score has ", score.size(),
+                        " entries: it has to be scale, softcap");
         STD_TORCH_CHECK(window.size() == 2 && window[0] >= -1 && window[1] >= -1 && window[0] <= INT32_MAX &&
                             window[1] <= INT32_MAX,
                         "window has to be left, right, each -1 or at least 0");
-        STD_TORCH_CHECK(q.size(0) <= INT32_MAX && (block_table || k.size(0) <= INT32_MAX), "more than 2^31 - 1 tokens");
+        STD_TORCH_CHECK(q.size(0) <= INT32_MAX && (block_table || k.size(0) <= INT32_MAX),
+                        "more than 2^31 - 1 tokens");
         q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
         p.q = packed(q), p.k = packed(k), p.v = packed(v);
         p.total_q = q.size(0);
-        p.heads = int32_t(heads), p.kv_heads = int32_t(kv_heads), p.dim = int32_t(dim), p.dim_v = int32_t(dim_v);
+        p.heads = int32_t(heads), p.kv_heads = int32_t(kv_heads), p.dim = int32_t(dim),
+        p.dim_v = int32_t(dim_v);
         p.scale = score[0], p.softcap = score[1];
         p.left = int32_t(window[0]), p.right = int32_t(window[1]);
 
@@ -80,19 +87,21 @@ struct Call {
         }
         if (alibi_slopes) {
             const bool per_batch = alibi_slopes->dim() == 2;
-            const Tensor slopes = per_batch
-                                      ? checked(*alibi_slopes, "alibi_slopes", ScalarType::Float, {batch, heads})
-                                      : checked(*alibi_slopes, "alibi_slopes", ScalarType::Float, {heads});
+            const Tensor slopes =
+                per_batch ? checked(*alibi_slopes, "alibi_slopes", ScalarType::Float, {batch, heads})
+                          : checked(*alibi_slopes, "alibi_slopes", ScalarType::Float, {heads});
             kept.push_back(slopes);
             p.alibi_slopes = static_cast<const float*>(slopes.const_data_ptr());
             p.alibi_batch_stride = per_batch ? heads : 0;
         }
         if (sinks_in) {
             check_cpu(*sinks_in, "sinks", 1);
-            STD_TORCH_CHECK(sinks_in->size(0) == heads, "sinks has ", sinks_in->size(0), " entries: it has to have ", heads);
+            STD_TORCH_CHECK(sinks_in->size(0) == heads, "sinks has ", sinks_in->size(0),
+                            " entries: it has to have ", heads);
             dtype_of(*sinks_in, "sinks");
             const Tensor wide = torch::stable::to(*sinks_in, ScalarType::Double);
-            const double* values = static_cast<const double*>(torch::stable::contiguous(wide).const_data_ptr());
+            const double* values =
+                static_cast<const double*>(torch::stable::contiguous(wide).const_data_ptr());
             sinks.assign(values, values + heads);
             p.sinks = sinks.data();
         }
@@ -127,10 +136,12 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<Ten
     return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
-                                                    Tensor out, Tensor lse, std::vector<Tensor> plan,
-                                                    std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
-                                                    std::vector<double> score, std::vector<int64_t> window) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> dlse, Tensor q,
+                                                    Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                    std::vector<Tensor> plan,
+                                                    std::optional<Tensor> alibi_slopes,
+                                                    std::optional<Tensor> sinks, std::vector<double> score,
+                                                    std::vector<int64_t> window) {
     Call call(q, k, v, plan, std::nullopt, std::nullopt, alibi_slopes, sinks, score, window);
     VarlenParams& p = call.params;
     for (const auto& [t, name] : {std::pair<const Tensor&, const char*>{dout, "dout"}, {out, "out"}}) {
@@ -150,8 +161,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<T
     p.out = packed(out);
     p.lse = const_cast<void*>(lse.const_data_ptr());
     p.tiles = call.sizes.key_tiles;
-    const VarlenBackwardParams b{p,          packed(dout), dlse ? dlse->const_data_ptr() : nullptr, delta.mutable_data_ptr(),
-                                 packed(dq), packed(dk),   packed(dv)};
+    const VarlenBackwardParams b{p,
+                                 packed(dout),
+                                 dlse ? dlse->const_data_ptr() : nullptr,
+                                 delta.mutable_data_ptr(),
+                                 packed(dq),
+                                 packed(dk),
+                                 packed(dv)};
     cpu::varlen_backward(b, call.sizes, static_cast<double*>(dsinks.mutable_data_ptr()), on_every_thread);
     return {dq, dk, dv, torch::stable::to(dsinks, sinks ? sinks->scalar_type() : q.scalar_type())};
 }

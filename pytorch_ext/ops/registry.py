@@ -42,9 +42,7 @@ _library.define(
 
 
 def _varlen_plan(cu_seqlens_q, cu_seqlens_k, total_q, total_k, window):
-    plan = VarlenPlan.make(
-        cu_seqlens_q, cu_seqlens_k, window=tuple(window), total_q=total_q, total_k=total_k
-    )
+    plan = VarlenPlan.make(cu_seqlens_q, cu_seqlens_k, window=tuple(window), total_q=total_q, total_k=total_k)
     return tuple(t.clone() for t in plan.tensors)
 
 
@@ -112,15 +110,27 @@ def flash_attn_unusable(device: torch.device) -> list[str]:
     return [] if device.type == "cuda" else [f"it runs on CUDA tensors, not on {device.type}"]
 
 
-def flash_attn_varlen(x: Any, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, scale: float, window: tuple[int, int]):
+def flash_attn_varlen(
+    x: Any, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, scale: float, window: tuple[int, int]
+):
     """Run flash-attn's own varlen function on our arguments."""
     from flash_attn import flash_attn_varlen_func
 
     cu_q = cu_seqlens_q.int()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.int()
     result = flash_attn_varlen_func(
-        x.q, x.k, x.v, cu_q, cu_k, int(cu_q.diff().max()), int(cu_k.diff().max()), softmax_scale=scale,
-        window_size=window, softcap=x.softcap, alibi_slopes=x.alibi_slopes, return_attn_probs=x.return_lse,
+        x.q,
+        x.k,
+        x.v,
+        cu_q,
+        cu_k,
+        int(cu_q.diff().max()),
+        int(cu_k.diff().max()),
+        softmax_scale=scale,
+        window_size=window,
+        softcap=x.softcap,
+        alibi_slopes=x.alibi_slopes,
+        return_attn_probs=x.return_lse,
     )
     if not x.return_lse:
         return result

@@ -132,13 +132,25 @@ def varlen_attention(
     )
     if needs_grad and (seqused_k is not None or block_table is not None):
         name = "seqused_k" if block_table is None else "block_table"
-        raise ValueError(f"{name} is for inference: call it under torch.no_grad() or with tensors that need no gradient")
+        raise ValueError(
+            f"{name} is for inference: call it under torch.no_grad() or with tensors that need no gradient"
+        )
     inputs = Inputs(q, k, v, alibi_slopes, sinks, seqused_k, block_table, softcap, needs_grad, return_lse)
     name = choose(impl, REASONS, inputs)
     if name == "reference":
         out, lse = reference.varlen_attention(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, window=(left, right), softcap=softcap, scale=scale,
-            alibi_slopes=alibi_slopes, sinks=sinks, seqused_k=seqused_k, block_table=block_table,
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            window=(left, right),
+            softcap=softcap,
+            scale=scale,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            seqused_k=seqused_k,
+            block_table=block_table,
         )
         return (out, lse) if return_lse else out
     if name == "flash_attn":
@@ -195,7 +207,10 @@ def _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, wind
     if torch.compiler.is_compiling():
         return list(registry.varlen_plan(cu_seqlens_q, cu_seqlens_k, q.shape[0], total_k, list(window)))
     made = cache.get(
-        cu_seqlens_q, cu_seqlens_k, window=window, total_q=q.shape[0],
+        cu_seqlens_q,
+        cu_seqlens_k,
+        window=window,
+        total_q=q.shape[0],
         total_k=q.shape[0] if paged or cu_seqlens_k is None else total_k,
     )
     return made.tensors
@@ -223,7 +238,9 @@ def _check(q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, 
     if k.shape[-1] != dim:
         raise ValueError(f"k has head dim {k.shape[-1]}, q has {dim}: they have to be the same")
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
-        raise ValueError(f"q has {heads} heads, k has {kv_heads}: the first has to be a multiple of the second")
+        raise ValueError(
+            f"q has {heads} heads, k has {kv_heads}: the first has to be a multiple of the second"
+        )
     if not (1 <= dim <= MAX_DIM and 1 <= dim_v <= MAX_DIM):
         raise ValueError(f"head dims are {dim} (q, k) and {dim_v} (v): they have to be from 1 to {MAX_DIM}")
     if len(window) != 2 or any(isinstance(w, float) or w < -1 for w in window):
@@ -250,7 +267,9 @@ def _check(q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, 
 
 def _check_side(name: str, t: Tensor, q: Tensor, dtypes: tuple, shapes: list[list[int]]) -> None:
     if t.dtype not in dtypes:
-        raise TypeError(f"{name} is {t.dtype}: it has to be {' or '.join(str(d) for d in dict.fromkeys(dtypes))}")
+        raise TypeError(
+            f"{name} is {t.dtype}: it has to be {' or '.join(str(d) for d in dict.fromkeys(dtypes))}"
+        )
     if list(t.shape) not in shapes:
         raise ValueError(f"{name} has shape {list(t.shape)}: it has to be {' or '.join(map(str, shapes))}")
     if t.device != q.device:
@@ -270,7 +289,9 @@ def merge_attention(
         out [tokens, heads, dim], and with ``return_lse`` the LSE [heads, tokens] of the union. Differentiable.
     """
     if len(outs) != len(lses) or not outs:
-        raise ValueError(f"there are {len(outs)} outs and {len(lses)} lses: each out needs its lse, and at least one")
+        raise ValueError(
+            f"there are {len(outs)} outs and {len(lses)} lses: each out needs its lse, and at least one"
+        )
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.shape != outs[0].shape or lse.shape != (out.shape[1], out.shape[0]):
             raise ValueError(

@@ -52,9 +52,7 @@ def attention(
         sink = sinks.to(scores.dtype)[:, None, None].expand(-1, len_q, 1)
         scores = torch.cat([scores, sink], dim=-1)
     if scores.shape[-1] == 0:
-        return q.new_zeros(len_q, q.shape[1], v.shape[-1]), scores.new_full(
-            (q.shape[1], len_q), -torch.inf
-        )
+        return q.new_zeros(len_q, q.shape[1], v.shape[-1]), scores.new_full((q.shape[1], len_q), -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     empty = lse == -torch.inf
     probabilities = torch.exp(scores - lse.masked_fill(empty, 0.0)[..., None])[..., :len_k]
@@ -116,7 +114,9 @@ def varlen_attention(
         outs.append(out)
         lses.append(lse)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = torch.cat([x.to(lse_dtype) for x in lses], dim=1) if lses else q.new_zeros(heads, 0, dtype=lse_dtype)
+    lse = (
+        torch.cat([x.to(lse_dtype) for x in lses], dim=1) if lses else q.new_zeros(heads, 0, dtype=lse_dtype)
+    )
     return torch.cat(outs), lse
 
 
