@@ -409,23 +409,32 @@ void varlen_backward(const VarlenBackwardParams& b, const BackwardItem& item) {
     by_dtype(b.forward.dtype, [&]<class E>() { Backward<E, VectorGradients<E>>(b, item).run(); });
 }
 
+// Sums in the order of the products of dout and v: where a row sees one key, the two cancel to the last bit.
 void varlen_delta(const VarlenBackwardParams& b, int64_t begin, int64_t end) {
     by_dtype(b.forward.dtype, [&]<class E>() {
         using T = typename Compute<E>::type;
+        constexpr int w = kLanes<T>;
         const VarlenParams& p = b.forward;
-        for (int64_t token = begin; token < end; ++token)
-            for (int64_t head = 0; head < p.heads; ++head) {
-                const E* out =
-                    static_cast<const E*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride;
-                const E* dout = static_cast<const E*>(b.dout.data) + token * b.dout.token_stride +
-                                head * b.dout.head_stride;
-                Vec<T> sums = {};
-                for (int64_t d = 0; d < p.dim_v; d += kLanes<T>)
-                    sums += load_row(out, d, p.dim_v) * load_row(dout, d, p.dim_v);
-                T sum = 0;
-                for (int i = 0; i < kLanes<T>; ++i) sum += sums[i];
-                const int64_t at = head * p.total_q + token;
-                static_cast<T*>(b.delta)[at] = sum - (b.dlse ? static_cast<const T*>(b.dlse)[at] : T(0));
+        T outs[256 * w], douts[256 * w];
+        for (int64_t head = 0; head < p.heads; ++head)
+            for (int64_t token = begin; token < end; token += w) {
+                const int64_t count = least(w, end - token);
+                const E *out[w], *dout[w];
+                for (int64_t i = 0; i < count; ++i) {
+                    out[i] = static_cast<const E*>(p.out.data) + (token + i) * p.out.token_stride +
+                             head * p.out.head_stride;
+                    dout[i] = static_cast<const E*>(b.dout.data) + (token + i) * b.dout.token_stride +
+                              head * b.dout.head_stride;
+                }
+                transpose_rows(out, count, p.dim_v, T(1), outs, w);
+                transpose_rows(dout, count, p.dim_v, T(1), douts, w);
+                Vec<T> sum = {};
+                for (int64_t d = 0; d < p.dim_v; ++d) sum += load(outs + d * w) * load(douts + d * w);
+                for (int64_t i = 0; i < count; ++i) {
+                    const int64_t at = head * p.total_q + token + i;
+                    static_cast<T*>(b.delta)[at] =
+                        sum[i] - (b.dlse ? static_cast<const T*>(b.dlse)[at] : T(0));
+                }
             }
     });
 }

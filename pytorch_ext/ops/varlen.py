@@ -100,7 +100,7 @@ def varlen_attention(
             ``heads`` is a multiple of ``kv_heads``: query head ``h`` reads kv head ``h // (heads / kv_heads)``.
         v: values, as ``k`` with ``dim_v`` in place of ``dim``.
         cu_seqlens_q: int32 or int64 [batch + 1], where each sequence begins, then the number of tokens.
-        cu_seqlens_k: the same for keys; None means that the keys' lengths are the queries' (or ``seqused_k`` with pages).
+        cu_seqlens_k: the same for keys; None: the lengths of the queries (``seqused_k`` with pages).
         causal: a query sees no key to the right of its own position.
         window: (left, right) keys seen beside the query's position, both inclusive; -1 is no limit (Mistral,
             arXiv:2310.06825).
@@ -132,9 +132,7 @@ def varlen_attention(
     )
     if needs_grad and (seqused_k is not None or block_table is not None):
         name = "seqused_k" if block_table is None else "block_table"
-        raise ValueError(
-            f"{name} is for inference: call it under torch.no_grad() or with tensors that need no gradient"
-        )
+        raise ValueError(f"{name} is for inference: call it under torch.no_grad() or detach its inputs")
     inputs = Inputs(q, k, v, alibi_slopes, sinks, seqused_k, block_table, softcap, needs_grad, return_lse)
     name = choose(impl, REASONS, inputs)
     if name == "reference":
