@@ -185,13 +185,17 @@ def varlen(
     with _progress(console) as progress:
         task = progress.add_task("", total=len(chosen))
         for c in chosen:
+
+            def tell(text: str, label: str = c.label) -> None:
+                progress.update(task, description=f"{label}: {text}")
+
             rows, skipped = measure.measure(
                 c,
                 impl,
                 rounds=rounds,
                 seconds=seconds,
                 with_memory=memory,
-                tell=lambda text, c=c: progress.update(task, description=f"{c.label}: {text}"),
+                tell=tell,
             )
             data["rows"] += rows
             data["skipped"] += skipped

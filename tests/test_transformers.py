@@ -91,8 +91,11 @@ def check(name: str, batch: dict, eager_batch: dict, sequences: list[tuple[int, 
     witness = run(name, "eager", torch.float32, [eager_batch], kept)
     actual = run(name, "gapless", torch.float32, [batch], kept)
     assert actual.keys() == witness.keys()
+    # A bias of the keys has no gradient at all, and some parameters a dozen entries: there the witness's error is luck.
+    reason = "gradients of few entries, or of none but rounding, through two layers"
     for key in actual:
-        assert_within_budget(actual[key], oracle[key], witness[key])
+        few = {"factor": 8.0, "reason": reason} if oracle[key].numel() <= 64 else {}
+        assert_within_budget(actual[key], oracle[key], witness[key], **few)
 
 
 def padded_sequences(mask: torch.Tensor) -> list[tuple[int, torch.Tensor]]:

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gapless
-from gapless.testing import Results, assert_results, attend, make_batch, oracle_and_witness, scatter_pages
+from gapless.testing import (
+    Results,
+    assert_results,
+    assert_within_budget,
+    attend,
+    make_batch,
+    oracle_and_witness,
+    scatter_pages,
+)
 
 native = partial(gapless.varlen_attention, impl="native")
 
@@ -65,7 +73,13 @@ def masks(draw: st.DrawFn, shape: dict) -> dict:
 def test_results_and_gradients_match_the_reference(data: st.DataObject, shape: dict, dtype: torch.dtype):
     options = data.draw(masks(shape))
     batch = make_batch(**shape, dtype=dtype)
-    assert_results(attend(native, batch, **options), *oracle_and_witness(batch, **options), **wider(dtype))
+    actual, (oracle, witness) = attend(native, batch, **options), oracle_and_witness(batch, **options)
+    if actual.dsinks is not None and dtype != torch.float64:
+        # One number per head: the witness may meet the oracle by luck.
+        sums = (x.dsinks for x in (actual, oracle, witness))
+        assert_within_budget(*sums, factor=16.0, reason="a sum over all rows", name="dsinks")
+        actual, oracle, witness = (x._replace(dsinks=None) for x in (actual, oracle, witness))
+    assert_results(actual, oracle, witness, **wider(dtype))
 
 
 @given(st.data(), shapes(), dtypes)

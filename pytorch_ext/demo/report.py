@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from gapless.bench import report as bench_report
 from gapless.bench.machine import machine_line
@@ -52,7 +53,7 @@ def plots(result: dict) -> dict[str, Figure]:
     ):
         steps = runs[kind]["steps"]
         axes.plot([s["step"] + 1 for s in steps], [s["loss"] for s in steps], label=NAMES[kind], **style)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("nats per byte")
     axes.legend(frameon=False)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,6 +220,7 @@ def attention_forward(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))  # [tokens, heads, dim]
+    boundaries: dict[str, Any]
     if cu_seq_lens_q is not None and (packing is None or not packing.padded):
         boundaries = {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}
         packing = None
@@ -244,6 +246,7 @@ def attention_forward(
         sinks=None if s_aux is None else s_aux.to(dtype),
         **boundaries,
     )
+    assert isinstance(out, Tensor)
     if packing is not None and packing.rows_q is not None:
         out = scatter_rows(out, packing.rows_q, batch * queries)
     return out.unflatten(0, (batch, queries)), None

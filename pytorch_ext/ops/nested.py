@@ -75,7 +75,7 @@ def nested_attention(
         plan=plan,
         impl=impl,
     )
-    out = _nest(result[0] if return_lse else result, nt_q)
+    out = _nest(result[0] if isinstance(result, tuple) else result, nt_q)
     if transposed:
         out = out.transpose(1, 2)
     return (out, _nest(result[1].transpose(0, 1), nt_q)) if return_lse else out

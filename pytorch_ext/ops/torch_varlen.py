@@ -63,7 +63,7 @@ def varlen_attn(
         value,
         cu_seq_q,
         None if cu_seq_k is cu_seq_q else cu_seq_k,
-        window=tuple(window_size),
+        window=(window_size[0], window_size[1]),
         scale=scale,
         seqused_k=None if seqused_k is None else seqused_k.int(),
         block_table=block_table,

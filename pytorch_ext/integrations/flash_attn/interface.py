@@ -373,7 +373,7 @@ def _packed(
 ) -> tuple[Tensor, Tensor]:
     if dropout_p:
         raise ValueError(f"dropout_p is {dropout_p}: gapless has no dropout in attention, it has to be 0.0")
-    return varlen_attention(
+    result = varlen_attention(
         q,
         k,
         v,
@@ -387,6 +387,8 @@ def _packed(
         block_table=block_table,
         return_lse=True,
     )
+    assert isinstance(result, tuple)
+    return result
 
 
 def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
