@@ -192,8 +192,6 @@ GAPLESS_INLINE float widen(f16 x) {
     std::memcpy(&y, &bits, 4);
     return y;
 }
-GAPLESS_INLINE float widen(float x) { return x; }
-GAPLESS_INLINE double widen(double x) { return x; }
 
 /// Round to nearest, ties to even.
 GAPLESS_INLINE void narrow(float x, bf16* out) {

@@ -56,12 +56,13 @@ struct StripView {
     int64_t begin() const { return first_begin[0]; }
     int64_t end() const { return last_end[vecs - 1]; }
 
-    /// Some row does not see some key of [from, to).
-    bool cuts(int64_t from, int64_t to) const {
+    /// Some row of vectors [a, b) does not see some key of [from, to).
+    bool cuts(int64_t from, int64_t to, int a, int b) const {
         bool partial = false;
-        for (int v = 0; v < vecs; ++v) partial |= from < last_begin[v] || to > first_end[v];
+        for (int v = a; v < b; ++v) partial |= from < last_begin[v] || to > first_end[v];
         return partial;
     }
+    bool cuts(int64_t from, int64_t to) const { return cuts(from, to, 0, vecs); }
 
     int split(int64_t from, int64_t to, Segment* out) const {
         from = most(from, begin()), to = least(to, end());
@@ -76,11 +77,7 @@ struct StripView {
             }
             next = least(to, most(next, from + kSegmentKeys));
             while (b > a && first_begin[b - 1] >= next) --b;
-            if (a < b) {
-                bool partial = false;
-                for (int v = a; v < b; ++v) partial |= from < last_begin[v] || next > first_end[v];
-                out[count++] = {from, next, a, b, partial};
-            }
+            if (a < b) out[count++] = {from, next, a, b, cuts(from, next, a, b)};
             from = next;
         }
         return count;
