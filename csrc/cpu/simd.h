@@ -271,27 +271,65 @@ GAPLESS_INLINE void store_narrow(f16* p, Vec<float> x) {
 #endif
 }
 
-/// In-place transpose of kLanes x kLanes values: log2(lanes) rounds of swaps between rows a power of two
-/// apart.
+constexpr int kLaneBytes = 16;  // what x86 interleaves without crossing lanes, and a whole vector elsewhere
+
+/// Interleaves the lower (kHigh = 0) or upper halves of every 16 bytes of a and b.
+template <int kHigh, class T>
+GAPLESS_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
+    constexpr int n = kLanes<T>, q = kLaneBytes / sizeof(T);
+    IVec<T> pick;
+    for (int i = 0; i < n; ++i) pick[i] = i / q * q + kHigh * q / 2 + i % q / 2 + i % 2 * n;
+    return __builtin_shuffle(a, b, pick);
+}
+
+/// Lanes of 16 bytes kFirst, kFirst + kStep, ... of a, then of b: as many of each as fill a half.
+template <int kFirst, int kStep, class T>
+GAPLESS_INLINE Vec<T> gather_lanes(Vec<T> a, Vec<T> b) {
+    constexpr int n = kLanes<T>, q = kLaneBytes / sizeof(T);
+    IVec<T> pick;
+    for (int i = 0; i < n; ++i) pick[i] = (kFirst + i % (n / 2) / q * kStep) * q + i % q + i / (n / 2) * n;
+    return __builtin_shuffle(a, b, pick);
+}
+
+/// Transposes the squares of 16-byte lanes that vectors x[0], x[stride], ... hold.
+template <int kStride, class T>
+GAPLESS_INLINE void transpose_in_lanes(Vec<T>* x) {
+    if constexpr (sizeof(T) == 8) {
+        const Vec<T> a = x[0], b = x[kStride];
+        x[0] = interleave<0, T>(a, b), x[kStride] = interleave<1, T>(a, b);
+    } else {
+        const Vec<T> a = interleave<0, T>(x[0], x[2 * kStride]), b = interleave<1, T>(x[0], x[2 * kStride]),
+                     c = interleave<0, T>(x[kStride], x[3 * kStride]),
+                     d = interleave<1, T>(x[kStride], x[3 * kStride]);
+        x[0] = interleave<0, T>(a, c), x[kStride] = interleave<1, T>(a, c);
+        x[2 * kStride] = interleave<0, T>(b, d), x[3 * kStride] = interleave<1, T>(b, d);
+    }
+}
+
+/// Transposes the square of whole lanes that vectors x[0], x[stride], ... hold.
+template <int kStride, class T>
+GAPLESS_INLINE void transpose_lanes(Vec<T>* x) {
+    constexpr int n = kVectorBytes / kLaneBytes;
+    if constexpr (n == 2) {
+        const Vec<T> a = x[0], b = x[kStride];
+        x[0] = gather_lanes<0, 1, T>(a, b), x[kStride] = gather_lanes<1, 1, T>(a, b);
+    } else if constexpr (n == 4) {
+        const Vec<T> a = gather_lanes<0, 1, T>(x[0], x[kStride]), b = gather_lanes<2, 1, T>(x[0], x[kStride]),
+                     c = gather_lanes<0, 1, T>(x[2 * kStride], x[3 * kStride]),
+                     d = gather_lanes<2, 1, T>(x[2 * kStride], x[3 * kStride]);
+        x[0] = gather_lanes<0, 2, T>(a, c), x[kStride] = gather_lanes<1, 2, T>(a, c);
+        x[2 * kStride] = gather_lanes<0, 2, T>(b, d), x[3 * kStride] = gather_lanes<1, 2, T>(b, d);
+    }
+}
+
+/// In-place transpose of kLanes x kLanes values: inside 16-byte lanes first, then of the lanes themselves.
 template <class T>
 GAPLESS_INLINE void transpose(Vec<T> (&x)[kLanes<T>]) {
-    constexpr int n = kLanes<T>;
-    using I = IVec<T>;
+    constexpr int q = kLaneBytes / sizeof(T), lanes = kLanes<T> / q;
 #pragma GCC unroll 8
-    for (int h = 1; h < n; h *= 2) {
-        I low, high;
-        for (int i = 0; i < n; ++i) {
-            low[i] = i & h ? n + i - h : i;
-            high[i] = i & h ? n + i : i + h;
-        }
-#pragma GCC unroll 32
-        for (int i = 0; i < n; ++i) {
-            if (i & h) continue;
-            const Vec<T> a = x[i], b = x[i + h];
-            x[i] = __builtin_shuffle(a, b, low);
-            x[i + h] = __builtin_shuffle(a, b, high);
-        }
-    }
+    for (int i = 0; i < lanes; ++i) transpose_in_lanes<1, T>(x + i * q);
+#pragma GCC unroll 8
+    for (int i = 0; i < q; ++i) transpose_lanes<q, T>(x + i);
 }
 
 }  // namespace
