@@ -43,12 +43,14 @@ struct VarlenParams {
     int64_t k_page_stride, v_page_stride;
 };
 
-/// Keys of one query tile that one work item covers; several items of one tile are merged by their LSE.
+/// Keys of one query tile and some heads that one work item covers; several items of one tile are merged by
+/// their LSE.
 struct ForwardItem {
     int32_t tile;
-    int32_t kv_head;
+    int32_t kv_head, kv_heads;  ///< the first, and how many
     int32_t key_begin, key_end;
     void* partial;  ///< null: the item writes the result itself; else [rows][dim_v + 2] of (out, max, sum)
+    int64_t partial_stride;  ///< numbers from one kv head's to the next one's
 };
 
 /// The parts of one query tile and kv head, [parts][rows][dim_v + 2], that ForwardItems left.

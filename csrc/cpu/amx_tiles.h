@@ -6,6 +6,7 @@
 
 #if defined(__AMX_BF16__)
 
+#include "csrc/cpu/ahead.h"
 #include "csrc/cpu/panels.h"
 
 namespace gapless::cpu::GAPLESS_ISA {
@@ -41,6 +42,7 @@ struct TileProduct {
     int64_t c_row;
     int64_t rows, lanes, depth;
     bool add;
+    Ahead* ahead = nullptr;  // what to bring near meanwhile
 };
 
 template <int kRows, int kLanes_>
@@ -62,6 +64,9 @@ GAPLESS_INLINE void tile_block(const TileProduct& p, int64_t m, int64_t n) {
         if constexpr (kRows > 1 && kLanes_ > 1) _tile_zero(3);
     }
     for (int64_t k = 0; k < p.depth; k += kTileDepth, a += 64, b += kTile * b_stride) {
+        if (p.ahead)
+            if (const char* const* lines = p.ahead->take(kTile))
+                for (int i = 0; i < kTile; ++i) Ahead::touch(lines[i]);
         _tile_loadd(4, a, a_stride);
         _tile_loadd(6, b, b_stride);
         _tile_dpbf16ps(0, 4, 6);

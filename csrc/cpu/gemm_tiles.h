@@ -4,6 +4,7 @@
 // nothing has to be transposed. Blocks of C stay in registers for the whole sum.
 #pragma once
 
+#include "csrc/cpu/ahead.h"
 #include "csrc/cpu/simd.h"
 
 namespace gapless::cpu::GAPLESS_ISA {
@@ -21,14 +22,17 @@ struct Gemm {
     T* c;
     int64_t c_row;
     int64_t depth;         // number of k
-    const T* lane_factor;  // for Init::kScale
+    const T* lane_factor = nullptr;  // for Init::kScale
+    Ahead* ahead = nullptr;          // what to bring near meanwhile
 };
 
-template <class T, int kRows, int kVecs, Init kInit>
-GAPLESS_INLINE void register_block(const Gemm<T>& g, const T* a, const T* b, T* c, const T* factor) {
+template <class T, int kRows, int kVecs, Init kInit, bool kAhead>
+GAPLESS_INLINE void register_block(const Gemm<T>& g, const T* a, const T* b, T* c, const T* factor,
+                                   const char* const* ahead) {
     constexpr int w = kLanes<T>;
     Vec<T> acc[kRows][kVecs] = {};
     for (int64_t k = 0; k < g.depth; ++k, a += g.a_col, b += g.b_row) {
+        if constexpr (kAhead) Ahead::touch(ahead[k]);
         Vec<T> row[kVecs];
 #pragma GCC unroll 4
         for (int n = 0; n < kVecs; ++n) row[n] = load(b + n * w);
@@ -58,7 +62,12 @@ void column(const Gemm<T>& g, int64_t rows, int64_t vec) {
     const T* factor = kInit == Init::kScale ? g.lane_factor + vec * w : nullptr;
     int64_t m = 0;
     const auto block = [&]<int kBlock>() __attribute__((always_inline)) {
-        register_block<T, kBlock, kVecs, kInit>(g, g.a + m * g.a_row, b, g.c + m * g.c_row + vec * w, factor);
+        const T* a = g.a + m * g.a_row;
+        T* c = g.c + m * g.c_row + vec * w;
+        if (const char* const* ahead = g.ahead ? g.ahead->take(g.depth) : nullptr)
+            register_block<T, kBlock, kVecs, kInit, true>(g, a, b, c, factor, ahead);
+        else
+            register_block<T, kBlock, kVecs, kInit, false>(g, a, b, c, factor, nullptr);
         m += kBlock;
     };
     while (rows - m >= kRows) block.template operator()<kRows>();

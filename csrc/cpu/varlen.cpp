@@ -18,6 +18,7 @@ namespace {
 // A tile of few rows over many keys is cut along its keys, so that one long sequence still feeds every
 // thread. The limits are part of the result's bits and so depend on nothing but the tile.
 constexpr int64_t kSplitRows = 64, kSplitKeys = 1024;
+constexpr int64_t kItemsPerThread = 16;
 
 void check(bool fine, const char* what, int64_t at, int64_t value, const std::string& wanted) {
     if (!fine)
@@ -60,7 +61,7 @@ std::pair<int64_t, int64_t> tile_keys(const VarlenParams& p, const int32_t* tile
 /// Runs body(0), ..., body(count - 1), each once, handed out in this order and in groups of `together` to
 /// whichever thread is free.
 template <class Body>
-void in_order(int64_t count, int64_t together, const OnEveryThread& threads, const Body& body) {
+void in_order(int64_t count, int64_t together, const Threads& threads, const Body& body) {
     std::atomic<int64_t> next{0};
     const auto work = [&] {
         for (int64_t i; (i = next.fetch_add(together, std::memory_order_relaxed)) < count;)
@@ -69,7 +70,7 @@ void in_order(int64_t count, int64_t together, const OnEveryThread& threads, con
     if (count <= together)
         work();
     else
-        threads(work);
+        threads.run(work);
 }
 
 /// Heads of one tile lie beside each other in memory: with many small tiles, one thread takes all of them.
@@ -98,7 +99,7 @@ void check_varlen(const VarlenParams& p, const VarlenSizes& n) {
     check_tiles(n.key_tiles, "key_tiles", n.key_tile_count, n.batch, p.cu_seqlens_k);
 }
 
-void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEveryThread& threads) {
+void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threads& threads) {
     struct Part {
         int32_t tile, begin, end;
         int64_t partial;  // offset in rows for kv head 0, or -1
@@ -137,13 +138,18 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEve
         return partials.get() + (kv_head * partial_rows + row) * row_bytes;
     };
     const Kernels& k = kernels();
-    in_order(int64_t(parts.size()) * p.kv_heads, heads_together(int64_t(parts.size()), p.kv_heads), threads,
-             [&](int64_t i) {
-                 const Part& part = parts[i / p.kv_heads];
-                 const int32_t head = int32_t(i % p.kv_heads);
-                 k.varlen_forward(p, {part.tile, head, part.begin, part.end,
-                                      part.partial < 0 ? nullptr : address(part.partial, head)});
-             });
+    // Heads of one tile lie beside each other in memory, so an item takes as many as leave every thread
+    // enough items to even out.
+    const int64_t items = int64_t(parts.size()) * p.kv_heads,
+                  together = std::clamp<int64_t>(items / (kItemsPerThread * threads.count), 1, p.kv_heads),
+                  groups = (p.kv_heads + together - 1) / together;
+    in_order(int64_t(parts.size()) * groups, 1, threads, [&](int64_t i) {
+        const Part& part = parts[i / groups];
+        const int32_t head = int32_t(i % groups * together);
+        k.varlen_forward(p, {part.tile, head, int32_t(std::min<int64_t>(together, p.kv_heads - head)), part.begin,
+                             part.end, part.partial < 0 ? nullptr : address(part.partial, head),
+                             partial_rows * (p.dim_v + 2)});
+    });
     in_order(int64_t(merges.size()) * p.kv_heads, 1, threads, [&](int64_t i) {
         const Merge& merge = merges[i / p.kv_heads];
         const int32_t head = int32_t(i % p.kv_heads);
@@ -152,7 +158,7 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEve
 }
 
 void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, double* dsinks,
-                     const OnEveryThread& threads) {
+                     const Threads& threads) {
     const VarlenParams& p = b.forward;
     const Kernels& k = kernels();
     constexpr int64_t kDeltaTokens = 256;

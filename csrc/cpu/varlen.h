@@ -9,8 +9,11 @@
 
 namespace gapless::cpu {
 
-/// Calls its argument once on each thread of some pool, and waits.
-using OnEveryThread = std::function<void(const std::function<void()>&)>;
+/// Some pool of threads. `run` calls its argument once on each of them, and waits.
+struct Threads {
+    int64_t count;
+    std::function<void(const std::function<void()>&)> run;
+};
 
 /// The plan's tiles, and the sizes that its numbers are checked against; kernels trust them afterwards.
 struct VarlenSizes {
@@ -22,10 +25,10 @@ struct VarlenSizes {
 /// Throws std::runtime_error if the plan, the lengths or the pages point outside of the tensors.
 void check_varlen(const VarlenParams& p, const VarlenSizes& sizes);
 
-void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const OnEveryThread& threads);
+void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threads& threads);
 
 /// Fills delta, dq, dk and dv, and dsinks [heads] if there are sinks.
 void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, double* dsinks,
-                     const OnEveryThread& threads);
+                     const Threads& threads);
 
 }  // namespace gapless::cpu

@@ -25,24 +25,6 @@ struct Strip {
     int64_t width;
 };
 
-/// Brings rows of the next tile near, a few cache lines at a time. Rows of one head lie too far apart for the
-/// hardware to foresee them, and all at once they would stall the loads that are needed now: so each strip
-/// asks for its share of every row's lines, from inside its loop of exponentials, which hardly touches
-/// memory.
-struct Ahead {
-    const char *const *keys, *const *values;
-    int64_t rows, key_bytes, value_bytes;
-    int64_t first, step;  // of this strip's lines in a row
-
-    GAPLESS_INLINE void touch(int64_t row) const {
-        if (row >= rows) return;
-        for (int64_t at = first * 64; at < key_bytes; at += step * 64)
-            __builtin_prefetch(keys[row] + at, 0, 2);
-        for (int64_t at = first * 64; at < value_bytes; at += step * 64)
-            __builtin_prefetch(values[row] + at, 0, 2);
-    }
-};
-
 /// Products by fused multiply-add, for any type. Keys and values are copied even if they need no widening:
 /// rows of one head lie a page or so apart in memory, where they would push each other out of the cache.
 template <class E>
@@ -52,7 +34,8 @@ class VectorProducts {
 
     static constexpr int kStripVecs = kMaxVecs;
 
-    explicit VectorProducts(const VarlenParams& p) : p(p), dim(padded<T>(p.dim)), dim_v(padded<T>(p.dim_v)) {}
+    VectorProducts(const VarlenParams& p, Ahead& ahead)
+        : p(p), ahead(ahead), dim(padded<T>(p.dim)), dim_v(padded<T>(p.dim_v)) {}
 
     static int64_t panel_bytes(const VarlenParams& p, int64_t rows) { return rows * p.dim * sizeof(T); }
     static int64_t out_width(const VarlenParams& p) { return p.dim_v; }
@@ -80,20 +63,19 @@ class VectorProducts {
         const int64_t at = s.begin - from, lane = s.vec_begin * kLanes<T>;
         gemm<Init::kZero, T>(
             {keys + at * dim, dim, 1, static_cast<const T*>(strip.queries) + lane, strip.width,
-             strip.scores + at * strip.width + lane, strip.width, p.dim, nullptr},
+             strip.scores + at * strip.width + lane, strip.width, p.dim, nullptr, &ahead},
             s.end - s.begin, s.vec_end - s.vec_begin);
     }
 
     /// exp(score * factor - base) of a segment, added up per lane.
     template <int n>
-    static void exponentials(T* block, int64_t width, int64_t keys, T factor, const Vec<T>* base, Vec<T>* sum,
-                             int64_t at, const Ahead& ahead) {
+    static void exponentials(T* block, int64_t width, int64_t keys, T factor, const Vec<T>* base,
+                             Vec<T>* sum) {
         constexpr int w = kLanes<T>;
         constexpr int64_t kRun = 16;  // one long chain of additions would lose bits that the LSE needs
         for (int64_t from = 0; from < keys; from += kRun) {
             Vec<T> run[n] = {};
             for (int64_t k = from; k < least(keys, from + kRun); ++k, block += width) {
-                ahead.touch(at + k);
 #pragma GCC unroll 4
                 for (int v = 0; v < n; ++v) {
                     const Vec<T> e = vexp(load(block + v * w) * factor - base[v]);
@@ -121,7 +103,8 @@ class VectorProducts {
                             strip.out + lane,
                             strip.width,
                             s.end - s.begin,
-                            strip.factor + lane};
+                            strip.factor + lane,
+                            &ahead};
             if (fused && i == 0)
                 gemm<Init::kScale>(g, p.dim_v, s.vec_end - s.vec_begin);
             else
@@ -139,6 +122,7 @@ class VectorProducts {
 
   private:
     const VarlenParams& p;
+    Ahead& ahead;
     const int64_t dim, dim_v;
     T *keys, *values;  // [keys][dim], [keys][dim_v]
 };
@@ -152,7 +136,7 @@ class TileProducts {
 
     static constexpr int kStripVecs = 4;  // two pairs of tiles
 
-    explicit TileProducts(const VarlenParams& p) : p(p) {}
+    TileProducts(const VarlenParams& p, Ahead& ahead) : p(p), ahead(ahead) {}
 
     static int64_t panel_bytes(const VarlenParams& p, int64_t rows) {
         return rows * round_up(p.dim, kTileDepth) * 2;
@@ -183,15 +167,14 @@ class TileProducts {
     void scores(const Strip<float>& strip, const Segment& s, int64_t) const {
         const int64_t depth = round_up(p.dim, kTileDepth);
         multiply({keys, depth, static_cast<const uint32_t*>(strip.queries), strip.width, strip.scores,
-                  strip.width, s.end - s.begin, strip.width, depth, false});
+                  strip.width, s.end - s.begin, strip.width, depth, false, &ahead});
     }
 
     template <int n>
     void exponentials(const float* block, int64_t width, int64_t count, float factor, const Vec<float>* base,
-                      Vec<float>* sum, int64_t at, const Ahead& ahead) const {
+                      Vec<float>* sum) const {
         uint32_t* to = pairs;
         for (int64_t k = 0; k < count; k += 2, block += 2 * width, to += width) {
-            ahead.touch(at + k), ahead.touch(at + k + 1);
 #pragma GCC unroll 4
             for (int v = 0; v < n; ++v) {
                 const Vec<float> even = vexp<4>(load(block + v * kTile) * factor - base[v]);
@@ -211,11 +194,12 @@ class TileProducts {
             same &= _mm512_cmpeq_ps_mask((__m512)load(strip.factor + v * kTile), _mm512_set1_ps(1)) == 0xffff;
         if (!same) VectorProducts<float>::rescale(strip, p.dim_v, vecs);
         multiply({values, kTileKeys, pairs, strip.width, strip.out, strip.width, out_width(p), strip.width,
-                  round_up(segments[0].end - segments[0].begin, kTileDepth), true});
+                  round_up(segments[0].end - segments[0].begin, kTileDepth), true, &ahead});
     }
 
   private:
     const VarlenParams& p;
+    Ahead& ahead;
     const Tiles tiles;
     bf16 *keys, *values;  // [keys][dim], [dim_v][keys]
     uint32_t* pairs;
@@ -230,7 +214,7 @@ class Forward {
     static constexpr int64_t kStripRows = kStripVecs * kLanes<T>;
     static_assert(kSharingRows % kStripRows == 0);
 
-    Forward(const VarlenParams& params, const ForwardItem& item) : p(params), item(item), products(params) {
+    Forward(const VarlenParams& params, const ForwardItem& item) : p(params), item(item), products(params, ahead) {
         const int32_t* tile = p.tiles + 3 * item.tile;
         sequence = tile[0];
         group = p.heads / p.kv_heads;
@@ -249,15 +233,20 @@ class Forward {
         carve(sizes);
         Carver memory(scratch(sizes.used()));
         carve(memory);
-        for (int64_t row = row_begin; row < row_end; row += kSharingRows)
-            block(row, least(kSharingRows, row_end - row));
+        kv_head = item.kv_head;
+        ahead.clear();
+        expect(row_begin, block_end(row_begin));
+        ahead.rush();
+        for (; kv_head < item.kv_head + item.kv_heads; ++kv_head)
+            for (int64_t row = row_begin; row < row_end; row += kSharingRows) block(row, block_end(row) - row);
     }
 
   private:
     const VarlenParams& p;
     const ForwardItem& item;
+    Ahead ahead;
     Products products;
-    int64_t sequence, group, first_token, first_key, row_begin, row_end;
+    int64_t kv_head, sequence, group, first_token, first_key, row_begin, row_end;
     RowMap map;
     bool rewritten;  // scores are more than the dot product times a positive factor
 
@@ -283,10 +272,12 @@ class Forward {
         lse_of_row = c.take<T*>(rows);
         lanes.carve(c, rows);
         products.carve(c);
+        ahead.carve(c, (rows + kTileKeys) * (ahead.lines_of(p.dim * sizeof(E)) +
+                                             ahead.lines_of(p.dim_v * sizeof(E))));
     }
 
     const E* key_row(const Packed& x, int64_t page_stride, int64_t key) const {
-        const E* base = static_cast<const E*>(x.data) + item.kv_head * x.head_stride;
+        const E* base = static_cast<const E*>(x.data) + kv_head * x.head_stride;
         if (!p.block_table) return base + (first_key + key) * x.token_stride;
         const int64_t page = p.block_table[sequence * p.max_pages + key / p.page_size];
         return base + page * page_stride + key % p.page_size * x.token_stride;
@@ -299,32 +290,59 @@ class Forward {
         }
     }
 
-    /// The share of strip `at` of `rows` in bringing the located tile near.
-    Ahead ahead(int64_t keys, int64_t at, int64_t rows) const {
-        return {reinterpret_cast<const char* const*>(key_rows),
-                reinterpret_cast<const char* const*>(value_rows),
-                keys,
-                p.dim * int64_t(sizeof(E)),
-                p.dim_v * int64_t(sizeof(E)),
-                at / kStripRows,
-                (rows + kStripRows - 1) / kStripRows};
+    int64_t block_end(int64_t row) const { return least(row_end, row + kSharingRows); }
+    int64_t keys_begin(int64_t row) const { return most(item.key_begin, map.begin(row)); }
+    int64_t keys_end(int64_t end_row) const { return least(item.key_end, map.end(end_row - 1)); }
+
+    /// Rows of queries or outputs: calls f(i, row in memory) for each of [row, end).
+    template <class X, class F>
+    GAPLESS_INLINE void each_row(const Packed& x, int64_t row, int64_t end, const F& f) const {
+        int64_t token = first_token + map.query(row), member = row % group;
+        for (int64_t i = 0; i < end - row; ++i) {
+            f(i, static_cast<X*>(x.data) + token * x.token_stride + (kv_head * group + member) * x.head_stride);
+            if (++member == group) member = 0, ++token;
+        }
+    }
+
+    /// Asks for a block's queries and its first tile of keys.
+    void expect(int64_t row, int64_t end) {
+        each_row<const E>(p.q, row, end,
+                          [&](int64_t, const E* at) { ahead.add(at, p.dim * int64_t(sizeof(E))); });
+        const int64_t begin = keys_begin(row);
+        expect_keys(begin, least(keys_end(end), begin + kTileKeys));
+    }
+    void expect_keys(int64_t from, int64_t to) {
+        for (int64_t key = from; key < to; ++key) {
+            ahead.add(key_row(p.k, p.k_page_stride, key), p.dim * int64_t(sizeof(E)));
+            ahead.add(key_row(p.v, p.v_page_stride, key), p.dim_v * int64_t(sizeof(E)));
+        }
+    }
+    /// Asks for what is needed after the last tile: where results go, and the next block.
+    void expect_next(int64_t row, int64_t rows) {
+        if (!item.partial)
+            for (int64_t i = 0; i < rows; ++i) ahead.add(out_rows[i], p.dim_v * int64_t(sizeof(E)));
+        if (row + rows < row_end) return expect(row + rows, block_end(row + rows));
+        if (kv_head + 1 == item.kv_head + item.kv_heads) return;
+        ++kv_head;
+        expect(row_begin, block_end(row_begin));
+        --kv_head;
     }
 
     void block(int64_t row, int64_t rows) {
-        const int64_t begin = most(item.key_begin, map.begin(row));
-        const int64_t end = least(item.key_end, map.end(row + rows - 1));
-        const auto tile_end = [&](int64_t from) { return least(end, from + kTileKeys); };
-        locate(begin, tile_end(begin));
-        const Ahead all = ahead(tile_end(begin) - begin, 0, 1);
-        for (int64_t i = 0; i < all.rows; ++i) all.touch(i);
-        lanes.fill(p, map, sequence, item.kv_head, row, rows, padded<T>(rows));
+        const int64_t begin = keys_begin(row), end = keys_end(row + rows);
+        lanes.fill(p, map, sequence, kv_head, row, rows, padded<T>(rows));
         start(row, rows);
         for (int64_t from = begin; from < end; from += kTileKeys) {
-            const int64_t to = tile_end(from);
+            const int64_t to = least(end, from + kTileKeys);
+            locate(from, to);
             products.pack_keys(key_rows, value_rows, to - from);
-            locate(to, tile_end(to));
+            ahead.clear();
+            if (to < end)
+                expect_keys(to, least(end, to + kTileKeys));
+            else
+                expect_next(row, rows);
             for (int64_t at = 0; at < rows; at += kStripRows)
-                strip(row, at, least(kStripRows, rows - at), from, to, ahead(tile_end(to) - to, at, rows));
+                strip(row, at, least(kStripRows, rows - at), from, to);
         }
         for (int64_t at = 0; at < rows; at += kStripRows) finish(row, at, least(kStripRows, rows - at));
     }
@@ -332,7 +350,7 @@ class Forward {
     void start(int64_t row, int64_t rows) {
         int64_t token = first_token + map.query(row), member = row % group;
         for (int64_t i = 0; i < rows; ++i) {
-            const int64_t head = item.kv_head * group + member;
+            const int64_t head = kv_head * group + member;
             query_rows[i] =
                 static_cast<const E*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
             out_rows[i] = static_cast<E*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride;
@@ -353,7 +371,7 @@ class Forward {
         std::memset(out, 0, padded<T>(rows) * Products::out_width(p) * sizeof(T));
     }
 
-    void strip(int64_t row, int64_t at, int64_t rows, int64_t from, int64_t to, const Ahead& next) {
+    void strip(int64_t row, int64_t at, int64_t rows, int64_t from, int64_t to) {
         constexpr int w = kLanes<T>;
         const StripView<T, kStripVecs> view(map, row + at, rows);
         Segment segments[view.kMaxSegments];
@@ -387,8 +405,7 @@ class Forward {
             by_width(s, [&]<int n>() {
                 Vec<T> b[n], total[n];
                 for (int v = 0; v < n; ++v) b[v] = base[s.vec_begin + v], total[v] = part[s.vec_begin + v];
-                products.template exponentials<n>(block, strip.width, s.end - s.begin, unit, b, total,
-                                                  s.begin - from, next);
+                products.template exponentials<n>(block, strip.width, s.end - s.begin, unit, b, total);
                 for (int v = 0; v < n; ++v) part[s.vec_begin + v] = total[v];
             });
         }
@@ -454,7 +471,8 @@ class Forward {
 
     void keep_partial(int64_t row, int64_t at, int64_t rows) const {
         const int64_t width = padded<T>(rows), stride = p.dim_v + 2;
-        T* to = static_cast<T*>(item.partial) + (row + at - row_begin) * stride;
+        T* to = static_cast<T*>(item.partial) +
+                (kv_head - item.kv_head) * item.partial_stride + (row + at - row_begin) * stride;
         for (int64_t i = 0; i < rows; ++i, to += stride) {
             for (int64_t d = 0; d < p.dim_v; ++d) to[d] = out[at * Products::out_width(p) + d * width + i];
             to[p.dim_v] = top[at + i], to[p.dim_v + 1] = sum[at + i];

@@ -116,9 +116,11 @@ Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, ScalarTyp
     return t;
 }
 
-void on_every_thread(const std::function<void()>& body) {
-    const int64_t threads = torch::stable::get_num_threads();
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(); });
+cpu::Threads torch_threads() {
+    const int64_t count = torch::stable::get_num_threads();
+    return {count, [count](const std::function<void()>& body) {
+                torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) { body(); });
+            }};
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<Tensor> plan,
@@ -132,7 +134,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<Ten
     p.out = packed(out);
     p.lse = lse.mutable_data_ptr();
     p.tiles = call.sizes.query_tiles;
-    cpu::varlen_forward(p, call.sizes, on_every_thread);
+    cpu::varlen_forward(p, call.sizes, torch_threads());
     return {out, lse};
 }
 
@@ -168,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<T
                                  packed(dq),
                                  packed(dk),
                                  packed(dv)};
-    cpu::varlen_backward(b, call.sizes, static_cast<double*>(dsinks.mutable_data_ptr()), on_every_thread);
+    cpu::varlen_backward(b, call.sizes, static_cast<double*>(dsinks.mutable_data_ptr()), torch_threads());
     return {dq, dk, dv, torch::stable::to(dsinks, sinks ? sinks->scalar_type() : q.scalar_type())};
 }
 

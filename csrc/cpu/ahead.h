@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cache lines that will be needed soon, asked for one by one from inside the matrix multiplications, which
+// leave memory idle. Rows of one head lie too far apart for the hardware to foresee them, and all at once
+// they would stall the loads that are needed now.
+#pragma once
+
+#include "csrc/cpu/scratch.h"
+#include "csrc/cpu/simd.h"
+
+namespace gapless::cpu::GAPLESS_ISA {
+namespace {
+
+class Ahead {
+  public:
+    static constexpr int64_t kMostAtOnce = 256;
+
+    void carve(Carver& c, int64_t lines) { lines_ = c.take<const char*>(lines + kMostAtOnce); }
+    /// Lines that a row of so many bytes can touch.
+    static int64_t lines_of(int64_t bytes) { return bytes / kLine + 2; }
+
+    void clear() { next_ = end_ = 0; }
+    void add(const void* row, int64_t bytes) {
+        const char* at = static_cast<const char*>(row);
+        const char* end = at + bytes;
+        for (at -= reinterpret_cast<uintptr_t>(at) % kLine; at < end; at += kLine) lines_[end_++] = at;
+    }
+    /// The next `count` lines (the last ones again, if fewer are left), or null if none are.
+    GAPLESS_INLINE const char* const* take(int64_t count) {
+        if (next_ == end_) return nullptr;
+        const char* const* taken = lines_ + next_;
+        for (int64_t i = end_; i < next_ + count; ++i) lines_[i] = lines_[end_ - 1];
+        next_ = next_ + count < end_ ? next_ + count : end_;
+        return taken;
+    }
+    /// All of them at once.
+    void rush() {
+        for (; next_ < end_; ++next_) touch(lines_[next_]);
+    }
+    static GAPLESS_INLINE void touch(const char* line) { __builtin_prefetch(line, 0, 2); }
+
+  private:
+    static constexpr int64_t kLine = 64;
+    const char** lines_;
+    int64_t next_ = 0, end_ = 0;
+};
+
+}  // namespace
+}  // namespace gapless::cpu::GAPLESS_ISA
