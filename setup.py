@@ -20,10 +20,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 NO_TORCH = """
-gapless builds against torch's headers, and there is no torch >= 2.10 in {where}.
+gapless builds against torch's headers, and there is no torch >= 2.11 in {where}.
 Install it first, then gapless:
 
-    pip install "torch>=2.10"
+    pip install "torch>=2.11"
     pip install .
 """
 

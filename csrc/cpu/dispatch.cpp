@@ -20,7 +20,7 @@ namespace gapless::cpu {
     void varlen_delta(const VarlenBackwardParams&, int64_t, int64_t);                                    \
     void varlen_backward(const VarlenBackwardParams&, const BackwardItem&);                              \
     extern const int64_t backward_block_rows;                                                            \
-    const Kernels table() {                                                                              \
+    Kernels table() {                                                                                    \
         return {#ISA, varlen_forward, varlen_merge, varlen_delta, varlen_backward, backward_block_rows}; \
     }                                                                                                    \
     }
@@ -90,23 +90,30 @@ Level capped(Level level) {
     return level;
 }
 
-Kernels choose() {
-    switch (capped(machine_level())) {
+struct Table {
+    Level needs;
+    Kernels (*make)();
+};
+
+/// The tables of this build, best first; the last runs on any machine.
+constexpr Table kTables[] = {
 #ifdef GAPLESS_HAVE_AMX
-        case kAmx:
-            return amx::table();
+    {kAmx, amx::table},
 #endif
 #ifdef GAPLESS_HAVE_AVX512
-        case kAvx512:
-            return avx512::table();
+    {kAvx512, avx512::table},
 #endif
 #ifdef GAPLESS_HAVE_AVX2
-        case kAvx2:
-            return avx2::table();
+    {kAvx2, avx2::table},
 #endif
-        default:
-            return baseline::table();
-    }
+    {kBaseline, baseline::table},
+};
+
+Kernels choose() {
+    const Level level = capped(machine_level());
+    const Table* table = kTables;
+    while (table->needs > level) ++table;
+    return table->make();
 }
 
 }  // namespace

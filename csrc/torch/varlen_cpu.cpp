@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "csrc/cpu/huge_pages.h"
+#include "csrc/cpu/recycle.h"
 #include "csrc/cpu/varlen.h"
 #include "csrc/torch/tensors.h"
 
@@ -111,9 +111,12 @@ struct Call {
 
 Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
     const std::vector<int64_t> sizes(shape);
-    Tensor t = torch::stable::new_empty(like, sizes, type);
-    cpu::advise_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
-    return t;
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); --i > 0;) strides[i - 1] = strides[i] * sizes[i];
+    const int64_t numel = strides[0] * sizes[0];
+    const size_t bytes = size_t(numel) * (type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2);
+    if (bytes < cpu::kRecycled) return torch::stable::new_empty(like, sizes, type);
+    return torch::stable::from_blob(cpu::take(bytes), sizes, strides, like.device(), type, cpu::give_back);
 }
 
 cpu::Threads torch_threads() {
