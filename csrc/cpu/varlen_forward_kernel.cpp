@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kTileKeys = 128;  // scores of a strip stay in L1
 constexpr int64_t kSharingRows =
-    384;  // rows that share one packing of keys and values; their state stays in L2
+    576;  // rows that share one packing of keys and values; their state stays in L2
 
 /// Part of a strip: its panel of queries, scores, exponentials and outputs, all `width` lanes wide.
 template <class T>

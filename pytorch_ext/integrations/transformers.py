@@ -246,7 +246,6 @@ def attention_forward(
         sinks=None if s_aux is None else s_aux.to(dtype),
         **boundaries,
     )
-    assert isinstance(out, Tensor)
     if packing is not None and packing.rows_q is not None:
         out = scatter_rows(out, packing.rows_q, batch * queries)
     return out.unflatten(0, (batch, queries)), None

@@ -3,16 +3,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from gapless.ops.impl import Impl
-from gapless.ops.varlen import varlen_attention
+from gapless.ops.varlen import Options, varlen_attention
 from gapless.plan.varlen import VarlenPlan
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@overload
+def nested_attention(
+    nt_q: Tensor,
+    nt_k: Tensor,
+    nt_v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def nested_attention(
+    nt_q: Tensor, nt_k: Tensor, nt_v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def nested_attention(
+    nt_q: Tensor, nt_k: Tensor, nt_v: Tensor, *, return_lse: bool, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def nested_attention(
     nt_q: Tensor,
     nt_k: Tensor,
@@ -45,11 +65,21 @@ def nested_attention(
 
     Raises:
         TypeError: an argument is no jagged nested tensor.
-        ValueError: the forms differ, or ``nt_k`` and ``nt_v`` differ in length, or as in ``varlen_attention``.
+        ValueError: the forms, batches or devices differ, or ``nt_k`` and ``nt_v`` differ in length, or as in
+            ``varlen_attention``.
     """
     jagged = {name: _jagged_dim(name, t) for name, t in (("nt_q", nt_q), ("nt_k", nt_k), ("nt_v", nt_v))}
     if len(set(jagged.values())) != 1:
         raise ValueError(f"the jagged dims are {jagged}: nt_q, nt_k and nt_v need the same form")
+    for name, t in (("nt_k", nt_k), ("nt_v", nt_v)):
+        if t.device != nt_q.device:
+            raise ValueError(
+                f"{name} is on {t.device}, nt_q is on {nt_q.device}: they have to be on one device"
+            )
+        if t.shape[0] != nt_q.shape[0]:
+            raise ValueError(
+                f"{name} has {t.shape[0]} sequences, nt_q has {nt_q.shape[0]}: they have to be equal"
+            )
     transposed = jagged["nt_q"] == 2
     if transposed:
         nt_q, nt_k, nt_v = (t.transpose(1, 2) for t in (nt_q, nt_k, nt_v))
@@ -86,12 +116,17 @@ def _offsets(t: Any) -> Tensor:  # Any: methods of nested tensors are not in Ten
 
 
 def _jagged_dim(name: str, t: Any) -> int:
-    if not t.is_nested or t.layout != torch.jagged:
-        raise TypeError(
-            f"{name} is {'nested' if t.is_nested else 'dense'}, {t.layout}: it has to be a jagged nested tensor"
-        )
+    if not getattr(t, "is_nested", False) or t.layout != torch.jagged:
+        what = f"{t!r:.80}, of type {type(t).__name__}"
+        if isinstance(t, Tensor):
+            what = f"{'nested' if t.is_nested else 'dense'}, {t.layout}"
+        raise TypeError(f"{name} is {what}: it has to be a jagged nested tensor")
     if t.dim() != 4:
         raise ValueError(f"{name} has {t.dim()} dims: it has to be [batch, jagged, heads, dim]")
+    if t._ragged_idx not in (1, 2):
+        raise ValueError(
+            f"{name} is jagged in dim {t._ragged_idx}: it has to be in dim 1, or 2 where heads are in 1"
+        )
     if t.lengths() is not None:
         raise ValueError(f"{name} has holes (lengths beside offsets): call .contiguous() on it")
     return t._ragged_idx

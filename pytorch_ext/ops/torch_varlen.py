@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from gapless.ops.checks import check_integers, check_tensors, to_int32, window_sides
 from gapless.ops.varlen import varlen_attention
 
 if TYPE_CHECKING:
@@ -54,6 +55,19 @@ def varlen_attn(
     Raises:
         ValueError, TypeError: as :func:`gapless.varlen_attention`, and for unequal heads without ``enable_gqa``.
     """
+    check_tensors(query=query, key=key, value=value, cu_seq_q=cu_seq_q)
+    rank = 3 if block_table is None else 4
+    for name, t, dims in (("query", query, 3), ("key", key, rank), ("value", value, rank)):
+        if t.dim() != dims:
+            raise ValueError(f"{name} has shape {list(t.shape)}: it has to have {dims} dims")
+    if cu_seq_k is not None:
+        check_tensors(cu_seq_k=cu_seq_k)
+    if seqused_k is not None:
+        check_integers("seqused_k", seqused_k, ["batch"], query)
+        seqused_k = to_int32(seqused_k)
+    return_lse = False if return_aux is None else getattr(return_aux, "lse", None)
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_aux is {return_aux!r:.80}: it has to be an AuxRequest or None")
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if heads != kv_heads and not enable_gqa:
         raise ValueError(f"query has {heads} heads, key has {kv_heads}: fewer kv heads need enable_gqa=True")
@@ -63,9 +77,9 @@ def varlen_attn(
         value,
         cu_seq_q,
         None if cu_seq_k is cu_seq_q else cu_seq_k,
-        window=(window_size[0], window_size[1]),
+        window=window_sides("window_size", window_size),
         scale=scale,
-        seqused_k=None if seqused_k is None else seqused_k.int(),
+        seqused_k=seqused_k,
         block_table=block_table,
-        return_lse=return_aux is not None and return_aux.lse,
+        return_lse=return_lse,
     )

@@ -3,18 +3,30 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from gapless import _native
 from gapless.ops import registry
+from gapless.ops.checks import (
+    INT32_MAX,
+    check_pages,
+    check_range,
+    check_tensors,
+    number,
+    readable,
+    window_sides,
+)
 from gapless.ops.impl import Impl, choose
 from gapless.plan.varlen import VarlenPlan, cache, mask_window
 from gapless.reference import varlen as reference
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MAX_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,21 +45,29 @@ class Inputs(NamedTuple):
     softcap: float
     needs_grad: bool
     return_lse: bool
+    has_tangent: bool = False  # of forward-mode derivatives
+
+
+def _no_tangents(x: Inputs) -> list[str]:
+    return ["it has no forward-mode derivatives"] if x.has_tangent else []
 
 
 def _native_reasons(x: Inputs) -> list[str]:
-    return [] if x.q.device.type == "cpu" else [f"it has no kernel for {x.q.device.type} tensors"]
+    why = _no_tangents(x)
+    if x.q.device.type != "cpu":
+        why.append(f"it has no kernel for {x.q.device.type} tensors")
+    return why
 
 
 def _triton_reasons(x: Inputs) -> list[str]:
-    why = registry.triton_unusable(x.q.device)
+    why = _no_tangents(x) + registry.triton_unusable(x.q.device)
     if x.q.dtype == torch.float64:
         why.append("it has no float64 kernels")
     return why
 
 
 def _flash_attn_reasons(x: Inputs) -> list[str]:
-    why = registry.flash_attn_unusable(x.q.device)
+    why = _no_tangents(x) + registry.flash_attn_unusable(x.q.device)
     if x.q.dtype not in (torch.float16, torch.bfloat16):
         why.append(f"it takes float16 and bfloat16, not {x.q.dtype}")
     if x.q.shape[-1] % 8 or x.q.shape[-1] != x.v.shape[-1]:
@@ -69,6 +89,59 @@ REASONS = {
 }
 
 
+class Options(TypedDict, total=False):
+    """Keyword arguments of every attention function here, and their types."""
+
+    causal: bool
+    window: tuple[int, int]
+    softcap: float
+    scale: float | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    plan: VarlenPlan | None
+    impl: Impl
+
+
+class PagedOptions(Options, total=False):
+    """And those about which keys are used."""
+
+    seqused_k: Tensor | None
+    block_table: Tensor | None
+
+
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[PagedOptions],
+) -> Tensor: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[PagedOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[PagedOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -100,7 +173,7 @@ def varlen_attention(
             ``heads`` is a multiple of ``kv_heads``: query head ``h`` reads kv head ``h // (heads / kv_heads)``.
         v: values, as ``k`` with ``dim_v`` in place of ``dim``.
         cu_seqlens_q: int32 or int64 [batch + 1], where each sequence begins, then the number of tokens.
-        cu_seqlens_k: the same for keys; None: the lengths of the queries (``seqused_k`` with pages).
+        cu_seqlens_k: the same for keys; None: the lengths of the queries. With pages it is not read.
         causal: a query sees no key to the right of its own position.
         window: (left, right) keys seen beside the query's position, both inclusive; -1 is no limit (Mistral,
             arXiv:2310.06825).
@@ -120,21 +193,27 @@ def varlen_attention(
         (the sink's score, if there is one) and has zero gradients.
 
     Raises:
-        TypeError: a tensor of a dtype that is not taken.
+        TypeError: an argument of another type, or a tensor of a dtype that is not taken.
         ValueError: any other bad argument; the message names it, its value, and what would be right.
     """
-    left, right = _check(
-        q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, seqused_k, block_table
+    bounds = _check(
+        q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, seqused_k, block_table, plan
     )
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     )
-    if needs_grad and (seqused_k is not None or block_table is not None):
+    has_tangent = _has_tangent(q, k, v, sinks)
+    if (needs_grad or has_tangent) and (seqused_k is not None or block_table is not None):
         name = "seqused_k" if block_table is None else "block_table"
         raise ValueError(f"{name} is for inference: call it under torch.no_grad() or detach its inputs")
-    inputs = Inputs(q, k, v, alibi_slopes, sinks, seqused_k, block_table, softcap, needs_grad, return_lse)
+    inputs = Inputs(
+        q, k, v, alibi_slopes, sinks, seqused_k, block_table, softcap, needs_grad, return_lse, has_tangent
+    )
     name = choose(impl, REASONS, inputs)
+    tensors = _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, bounds, plan)
+    if name != "native":  # whose operator looks at the values itself
+        _check_values(q, k, tensors, seqused_k, block_table)
     if name == "reference":
         out, lse = reference.varlen_attention(
             q,
@@ -142,7 +221,7 @@ def varlen_attention(
             v,
             cu_seqlens_q,
             cu_seqlens_k,
-            window=(left, right),
+            window=bounds,
             softcap=softcap,
             scale=scale,
             alibi_slopes=alibi_slopes,
@@ -152,14 +231,19 @@ def varlen_attention(
         )
         return (out, lse) if return_lse else out
     if name == "flash_attn":
-        return registry.flash_attn_varlen(inputs, cu_seqlens_q, cu_seqlens_k, scale, (left, right))
-    tensors = _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, (left, right), plan)
-    score, bounds = [scale, float(softcap)], [left, right]
-    if needs_grad:
-        out, lse = _VarlenAttention.apply(q, k, v, alibi_slopes, sinks, score, bounds, name, *tensors)
-    else:
-        fwd = _native.varlen_attention_fwd if name == "native" else registry.varlen_attention_fwd_triton
-        out, lse = fwd(q, k, v, tensors, seqused_k, block_table, alibi_slopes, sinks, score, bounds)
+        return registry.flash_attn_varlen(inputs, cu_seqlens_q, cu_seqlens_k, scale, bounds)
+    score, limits = [scale, float(softcap)], list(bounds)
+    try:
+        if needs_grad:
+            if torch.compiler.is_compiling():  # Dynamo traces no Function that is given one tensor twice
+                k, v = k.view_as(k), v.view_as(v)
+            out, lse = _VarlenAttention.apply(q, k, v, alibi_slopes, sinks, score, limits, name, *tensors)
+        else:
+            fwd = _native.varlen_attention_fwd if name == "native" else registry.varlen_attention_fwd_triton
+            out, lse = fwd(q, k, v, tensors, seqused_k, block_table, alibi_slopes, sinks, score, limits)
+    except RuntimeError:
+        _check_values(q, k, tensors, seqused_k, block_table)
+        raise
     return (out, lse) if return_lse else out
 
 
@@ -188,20 +272,29 @@ class _VarlenAttention(torch.autograd.Function):
         return dq, dk, dv, None, None if sinks is None else dsinks, *[None] * (3 + len(plan))
 
 
-def _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, window, plan) -> list[Tensor]:
-    paged = block_table is not None
+def _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, window, plan) -> list[Tensor]:
+    paged, device = block_table is not None, q.device
     total_k = None if paged else k.shape[0]
     if plan is not None:
         batch = cu_seqlens_q.shape[0] - 1
         if plan.batch != batch:
             raise ValueError(f"plan is for {plan.batch} sequences, cu_seqlens_q has {batch}")
+        if plan.cu_seqlens_q.device != device:
+            raise ValueError(
+                f"plan is on {plan.cu_seqlens_q.device}, q is on {device}: call plan.to(q.device)"
+            )
         return plan.tensors
     if paged:
         cu_seqlens_k = None
-    elif cu_seqlens_k is None and q.shape[0] != k.shape[0]:
+    elif cu_seqlens_k is not None:
+        check_tensors(cu_seqlens_k=cu_seqlens_k)
+    elif q.shape[0] != total_k:
         raise ValueError(
-            f"k has {k.shape[0]} tokens, q has {q.shape[0]}: give cu_seqlens_k where the lengths differ"
+            f"k has {total_k} tokens, q has {q.shape[0]}: give cu_seqlens_k where the lengths differ"
         )
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if t is not None and t.device != device:
+            raise ValueError(f"{name} is on {t.device}, q is on {device}: they have to be on one device")
     if torch.compiler.is_compiling():
         return list(registry.varlen_plan(cu_seqlens_q, cu_seqlens_k, q.shape[0], total_k, list(window)))
     made = cache.get(
@@ -214,44 +307,59 @@ def _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, wind
     return made.tensors
 
 
-def _check(q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, seqused_k, block_table):
-    """Everything that shapes and dtypes tell; returns the window with causal folded in."""
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    """Forward-mode derivatives are asked of one of them; nobody asks outside of a dual level."""
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def _check(
+    q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, seqused_k, block_table, plan
+) -> tuple[int, int]:
+    """Everything that types, shapes and dtypes tell; returns the window with causal folded in."""
+    check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q)
     key_dims, key_shape = (3, "[tokens, kv_heads, dim]")
     if block_table is not None:
         key_dims, key_shape = (4, "[num_pages, page_size, kv_heads, dim]")
     if q.dim() != 3:
         raise ValueError(f"q has shape {list(q.shape)}: it has to be [tokens, heads, dim]")
+    _, heads, dim = q.shape
+    dtype, device = q.dtype, q.device
     for name, t in (("k", k), ("v", v)):
         if t.dim() != key_dims:
             raise ValueError(f"{name} has shape {list(t.shape)}: it has to be {key_shape}")
-        if t.dtype != q.dtype:
-            raise TypeError(f"{name} is {t.dtype}, q is {q.dtype}: they have to be the same")
-        if t.device != q.device:
-            raise ValueError(f"{name} is on {t.device}, q is on {q.device}: they have to be on one device")
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q is {q.dtype}: it has to be float32, bfloat16, float16 or float64")
-    if k.shape[:-1] != v.shape[:-1]:
+        if t.dtype != dtype:
+            raise TypeError(f"{name} is {t.dtype}, q is {dtype}: they have to be the same")
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device}, q is on {device}: they have to be on one device")
+    if dtype not in DTYPES:
+        raise TypeError(f"q is {dtype}: it has to be float32, bfloat16, float16 or float64")
+    *tokens, kv_heads, dim_k = k.shape
+    *tokens_v, kv_heads_v, dim_v = v.shape
+    if tokens != tokens_v or kv_heads != kv_heads_v:
         raise ValueError(f"k has shape {list(k.shape)}, v has {list(v.shape)}: only the last may differ")
-    heads, kv_heads, dim, dim_v = q.shape[1], k.shape[-2], q.shape[2], v.shape[-1]
-    if k.shape[-1] != dim:
-        raise ValueError(f"k has head dim {k.shape[-1]}, q has {dim}: they have to be the same")
+    if dim_k != dim:
+        raise ValueError(f"k has head dim {dim_k}, q has {dim}: they have to be the same")
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(
             f"q has {heads} heads, k has {kv_heads}: the first has to be a multiple of the second"
         )
     if not (1 <= dim <= MAX_DIM and 1 <= dim_v <= MAX_DIM):
         raise ValueError(f"head dims are {dim} (q, k) and {dim_v} (v): they have to be from 1 to {MAX_DIM}")
-    if len(window) != 2 or any(isinstance(w, float) or w < -1 for w in window):
-        raise ValueError(f"window is {tuple(window)}: it has to be (left, right), each -1 or at least 0")
-    if not 0 <= softcap < math.inf:
+    if number("softcap", softcap) < 0:
         raise ValueError(f"softcap is {softcap}: it has to be 0 (none) or positive")
-    if cu_seqlens_q.dim() != 1:
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] == 0:
         raise ValueError(f"cu_seqlens_q has shape {list(cu_seqlens_q.shape)}: it has to be [batch + 1]")
+    if cu_seqlens_q.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens_q is {cu_seqlens_q.dtype}: it has to be int32 or int64")
+    if plan is not None and not isinstance(plan, VarlenPlan):
+        raise TypeError(f"plan is {plan!r:.80}, of type {type(plan).__name__}: it has to be a VarlenPlan")
     batch = cu_seqlens_q.shape[0] - 1
     if alibi_slopes is not None:
-        if alibi_slopes.requires_grad:
-            raise ValueError("alibi_slopes requires a gradient: it has none; detach it")
         _check_side("alibi_slopes", alibi_slopes, q, (torch.float32,), [[heads], [batch, heads]])
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError("alibi_slopes requires a gradient: it has none; detach it")
     if sinks is not None:
         _check_side("sinks", sinks, q, (torch.float32, q.dtype), [[heads]])
     if seqused_k is not None:
@@ -259,11 +367,19 @@ def _check(q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, 
     if block_table is not None:
         if seqused_k is None:
             raise ValueError("block_table is given, seqused_k is not: pages need the length of each sequence")
-        _check_side("block_table", block_table, q, (torch.int32,), [[batch, block_table.shape[-1]]])
-    return mask_window(causal, (int(window[0]), int(window[1])))
+        columns = max([1, *block_table.shape[-1:]]) if isinstance(block_table, Tensor) else 1
+        _check_side("block_table", block_table, q, (torch.int32,), [[batch, columns]])
+        if k.shape[1] == 0:
+            raise ValueError(f"k has shape {list(k.shape)}: its pages, {key_shape}, have to hold a key")
+    left, right = window_sides("window", window)
+    if left < -1 or right < -1:
+        raise ValueError(f"window is {tuple(window)}: it has to be (left, right), each -1 or at least 0")
+    # No sequence is longer than int32 tells: a wider window is no limit.
+    return mask_window(causal, (left if left <= INT32_MAX else -1, right if right <= INT32_MAX else -1))
 
 
-def _check_side(name: str, t: Tensor, q: Tensor, dtypes: tuple, shapes: list[list[int]]) -> None:
+def _check_side(name: str, t: Any, q: Tensor, dtypes: tuple, shapes: list[list[int]]) -> None:
+    check_tensors(**{name: t})
     if t.dtype not in dtypes:
         raise TypeError(
             f"{name} is {t.dtype}: it has to be {' or '.join(str(d) for d in dict.fromkeys(dtypes))}"
@@ -274,27 +390,74 @@ def _check_side(name: str, t: Tensor, q: Tensor, dtypes: tuple, shapes: list[lis
         raise ValueError(f"{name} is on {t.device}, q is on {q.device}: they have to be on one device")
 
 
+def _check_values(q, k, plan: list[Tensor], seqused_k, block_table) -> None:
+    """What only values tell, where they can be read: before a run that trusts them, after a run that refused them."""
+    if not readable(*plan, seqused_k, block_table):
+        return
+    keys = None if block_table is not None else k
+    for name, cu_seqlens, t in (("q", plan[0], q), ("k", plan[1], keys)):
+        if t is not None and cu_seqlens[-1] != t.shape[0]:
+            raise ValueError(
+                f"plan.cu_seqlens_{name} ends at {cu_seqlens[-1]}: it has to end at {t.shape[0]}, the tokens of {name}"
+            )
+    if block_table is not None:
+        check_pages(block_table, seqused_k, k.shape[1], k.shape[0])
+    elif seqused_k is not None:
+        check_range("seqused_k", seqused_k, 0, plan[1].diff().numpy(), "the keys of its sequence")
+
+
+@overload
+def merge_attention(
+    outs: list[Tensor], lses: list[Tensor], *, return_lse: Literal[False] = False
+) -> Tensor: ...
+@overload
+def merge_attention(
+    outs: list[Tensor], lses: list[Tensor], *, return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def merge_attention(
+    outs: list[Tensor], lses: list[Tensor], *, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def merge_attention(
     outs: list[Tensor], lses: list[Tensor], *, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the union of disjoint sets of keys, from the results over each set.
 
     Args:
-        outs: results, each [tokens, heads, dim].
-        lses: their log-sum-exps, each [heads, tokens]. A row of -inf saw no key and adds nothing.
+        outs: results, each [tokens, heads, dim]; float32, bfloat16, float16 or float64.
+        lses: their log-sum-exps, each [heads, tokens], float32 (float64). A row of -inf saw no key and adds nothing.
 
     Returns:
         out [tokens, heads, dim], and with ``return_lse`` the LSE [heads, tokens] of the union. Differentiable.
+
+    Raises:
+        TypeError: something else than a list (or tuple) of tensors, or a dtype that is not taken.
+        ValueError: not as many ``lses`` as ``outs``, none at all, or shapes or devices that do not agree.
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, (list, tuple)):
+            raise TypeError(f"{name} is of type {type(parts).__name__}: it has to be a list of tensors")
+        check_tensors(**{f"{name}[{i}]": t for i, t in enumerate(parts)})
     if len(outs) != len(lses) or not outs:
         raise ValueError(
             f"there are {len(outs)} outs and {len(lses)} lses: each out needs its lse, and at least one"
         )
+    dtype, device, shape = outs[0].dtype, outs[0].device, outs[0].shape
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        if out.shape != outs[0].shape or lse.shape != (out.shape[1], out.shape[0]):
+        if out.dtype != dtype or dtype not in DTYPES:
+            raise TypeError(
+                f"outs[{i}] is {out.dtype}: it has to be float32, bfloat16, float16 or float64, the same for all"
+            )
+        if lse.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"lses[{i}] is {lse.dtype}: it has to be float32 (or float64)")
+        if out.dim() != 3 or out.shape != shape or lse.shape != (shape[1], shape[0]):
             raise ValueError(
                 f"outs[{i}] has shape {list(out.shape)}, lses[{i}] has {list(lse.shape)}: they have to be "
                 "[tokens, heads, dim], the same for all, and [heads, tokens]"
+            )
+        if out.device != device or lse.device != device:
+            raise ValueError(
+                f"outs[{i}] is on {out.device}, lses[{i}] on {lse.device}: they have to be on {device}, as outs[0]"
             )
     out, lse = reference.merge_attention(outs, lses)
     return (out, lse) if return_lse else out

@@ -6,9 +6,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gapless import _planner
+from gapless.integrations.flash_attn.checks import check_cache, check_cache_values
 from gapless.integrations.flash_attn.rotary import rotate
 from gapless.integrations.lengths import even_cu_seqlens
-from gapless.ops.varlen import varlen_attention
+from gapless.ops.checks import (
+    check_integers,
+    check_shape,
+    number,
+    readable,
+    to_int32,
+    window_sides,
+)
+from gapless.ops.varlen import Options, varlen_attention
 
 __all__ = [
     "flash_attn_func",
@@ -51,6 +61,9 @@ def flash_attn_func(
     Returns:
         out [batch, seqlen_q, nheads, headdim], or (out, LSE [batch, nheads, seqlen_q], empty).
     """
+    check_shape("q", q, ["batch", "seqlen_q", "nheads", "headdim"])
+    check_shape("k", k, [q.shape[0], "seqlen_k", "nheads_k", q.shape[3]])
+    check_shape("v", v, [*k.shape[:3], "headdim_v"])
     cu_seqlens_q = even_cu_seqlens(q.shape[0], q.shape[1], q.device)
     cu_seqlens_k = even_cu_seqlens(k.shape[0], k.shape[1], k.device)
     out, lse = _packed(
@@ -83,6 +96,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs=False,
 ):
     """:func:`flash_attn_func` with kv [batch, seqlen_k, 2, nheads_k, headdim]."""
+    check_shape("kv", kv, ["batch", "seqlen_k", 2, "nheads_k", "headdim"])
     k, v = kv.unbind(-3)
     return flash_attn_func(
         q,
@@ -111,6 +125,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs=False,
 ):
     """:func:`flash_attn_func` with qkv [batch, seqlen, 3, nheads, headdim]."""
+    check_shape("qkv", qkv, ["batch", "seqlen", 3, "nheads", "headdim"])
     q, k, v = qkv.unbind(-3)
     return flash_attn_func(
         q,
@@ -193,6 +208,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs=False,
 ):
     """:func:`flash_attn_varlen_func` with kv [total_k, 2, nheads_k, headdim]."""
+    check_shape("kv", kv, ["total_k", 2, "nheads_k", "headdim"])
     k, v = kv.unbind(-3)
     return flash_attn_varlen_func(
         q,
@@ -227,6 +243,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs=False,
 ):
     """:func:`flash_attn_varlen_func` with qkv [total, 3, nheads, headdim]."""
+    check_shape("qkv", qkv, ["total", 3, "nheads", "headdim"])
     q, k, v = qkv.unbind(-3)
     return flash_attn_varlen_func(
         q,
@@ -277,10 +294,10 @@ def flash_attn_with_kvcache(
         k, v: [batch, seqlen_new, nheads_k, headdim], written from ``cache_seqlens`` on; need ``cache_seqlens``.
         rotary_cos, rotary_sin: [seqlen_ro, rotary_dim / 2]. New keys turn by their place in the cache; queries by
             ``cache_seqlens`` and on under a causal mask or a window, else all by ``cache_seqlens``. Need ``k``.
-        cache_seqlens: int or int32 [batch], how long each sequence in the cache is. None is its whole length.
+        cache_seqlens: int or integer [batch], how long each sequence in the cache is. None is its whole length.
         cache_batch_idx: integer [batch], row of the cache of each sequence. Not with ``block_table``.
         cache_leftpad: integer [batch], first used place of each sequence in the cache. Not with ``block_table``.
-        block_table: int32 [batch, max_num_blocks_per_seq].
+        block_table: integer [batch, max_num_blocks_per_seq].
         rotary_interleaved: pairs of dims (0, 1), (2, 3), ... are rotated; else the two halves.
         num_splits: taken and not needed.
         others: as in :func:`flash_attn_func`.
@@ -289,42 +306,48 @@ def flash_attn_with_kvcache(
         out [batch, seqlen, nheads, headdim], with ``return_softmax_lse`` also LSE [batch, nheads, seqlen].
 
     Raises:
-        ValueError: arguments that do not go together, new keys that do not fit, or tensors that need a gradient.
+        TypeError: a tensor of another dtype than q, indices that are no integers, or no tensor at all.
+        ValueError: shapes or arguments that do not go together, places outside of the cache (not looked at on a GPU),
+            or tensors that need a gradient. The cache is unchanged then.
     """
-    batch, seqlen = q.shape[:2]
+    check_cache(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+    )
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, v, k_cache, v_cache)
     ):
         raise ValueError("flash_attn_with_kvcache has no backward: call it under torch.no_grad()")
-    if (k is None) != (v is None) or (k is not None and cache_seqlens is None):
-        raise ValueError("k, v and cache_seqlens: new keys need all three")
-    if rotary_cos is not None and (k is None or rotary_sin is None):
-        raise ValueError("rotary_cos is given: it needs rotary_sin and k")
-    if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
-        name = "cache_leftpad" if cache_batch_idx is None else "cache_batch_idx"
-        raise ValueError(
-            f"{name} is given with block_table: pages take neither cache_batch_idx nor cache_leftpad"
-        )
+    rules = _rules(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    batch, seqlen = q.shape[:2]
     rows = cache_batch_idx if cache_batch_idx is not None else torch.arange(batch, device=q.device)
     # A dense cache is a paged one whose pages are its rows.
-    table = rows[:, None].int() if block_table is None else block_table
+    table = to_int32(rows[:, None] if block_table is None else block_table)
     capacity = table.shape[1] * k_cache.shape[1]
     if not isinstance(cache_seqlens, Tensor):
         length = capacity if cache_seqlens is None else cache_seqlens
-        cache_seqlens = torch.full((batch,), length, dtype=torch.int32, device=q.device)
-    window = _window(causal, window_size)
-    used = cache_seqlens.int()
+        cache_seqlens = torch.full((batch,), length, dtype=torch.int64, device=q.device)
+    new = 0 if k is None else k.shape[1]
+    # Queries turn step by step under a mask, else all by the place of the first new key.
+    steps = seqlen if rules["window"] != (-1, -1) else min(seqlen, 1)
+    check_cache_values(
+        k_cache, new, table, cache_seqlens, cache_batch_idx, cache_leftpad, rotary_cos, max(new, steps)
+    )
+    used = to_int32(cache_seqlens + new)
     if k is not None:
-        used = used + k.shape[1]
-    if used.device.type == "cpu" and batch and int(used.max()) > capacity:
-        raise ValueError(f"cache_seqlens with the new keys is {int(used.max())}: the cache holds {capacity}")
-    if k is not None:
-        places = cache_seqlens[:, None] + torch.arange(k.shape[1], device=q.device)  # [batch, seqlen_new]
+        places = cache_seqlens[:, None] + torch.arange(new, device=q.device)  # [batch, seqlen_new]
         if rotary_cos is not None:
-            steps = (
-                torch.arange(seqlen, device=q.device) if window != (-1, -1) else torch.zeros_like(used[:1])
-            )
-            q = rotate(q, rotary_cos, rotary_sin, cache_seqlens[:, None] + steps, rotary_interleaved)
+            positions = cache_seqlens[:, None] + torch.arange(steps, device=q.device)
+            q = rotate(q, rotary_cos, rotary_sin, positions, rotary_interleaved)
             k = rotate(k, rotary_cos, rotary_sin, places, rotary_interleaved)
         page = table.gather(1, places // k_cache.shape[1]).long()
         k_cache[page, places % k_cache.shape[1]] = k
@@ -345,13 +368,10 @@ def flash_attn_with_kvcache(
         values,
         even_cu_seqlens(batch, seqlen, q.device),
         cu_seqlens_k,
-        window=window,
-        softcap=max(softcap, 0.0),
-        scale=softmax_scale,
-        alibi_slopes=alibi_slopes,
         seqused_k=used if paged else None,
         block_table=table if paged else None,
         return_lse=True,
+        **rules,
     )
     out = out.unflatten(0, (batch, seqlen))
     return (out, _dense_lse(lse, q)) if return_softmax_lse else out
@@ -373,28 +393,36 @@ def _packed(
 ) -> tuple[Tensor, Tensor]:
     if dropout_p:
         raise ValueError(f"dropout_p is {dropout_p}: gapless has no dropout in attention, it has to be 0.0")
-    result = varlen_attention(
+    seqused_k = None
+    if block_table is not None:
+        check_shape("q", q, ["total_q", "nheads", "headdim"])
+        check_integers("cu_seqlens_q", cu_seqlens_q, ["batch + 1"], q)
+        check_integers("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, q)
+        if readable(cu_seqlens_k):
+            _planner.check_cu_seqlens(cu_seqlens_k.long().contiguous().numpy(), "cu_seqlens_k", -1)
+        seqused_k = to_int32(cu_seqlens_k.diff())
+    return varlen_attention(
         q,
         k,
         v,
         cu_seqlens_q,
         None if cu_seqlens_k is cu_seqlens_q or block_table is not None else cu_seqlens_k,
-        window=_window(causal, window_size),
-        softcap=max(softcap, 0.0),
-        scale=softmax_scale,
-        alibi_slopes=alibi_slopes,
-        seqused_k=None if block_table is None else cu_seqlens_k.diff().int(),
+        seqused_k=seqused_k,
         block_table=block_table,
         return_lse=True,
+        **_rules(softmax_scale, causal, window_size, softcap, alibi_slopes),
     )
-    assert isinstance(result, tuple)
-    return result
 
 
-def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
-    """flash-attn's rule: any negative side is unlimited, and causal sets the right one to 0."""
-    left, right = (max(side, -1) for side in window_size)
-    return left, 0 if causal else right
+def _rules(softmax_scale, causal, window_size, softcap, alibi_slopes) -> Options:
+    """flash-attn's: a negative side of a window is no limit, causal sets the right one to 0, softcap <= 0 is none."""
+    left, right = (max(side, -1) for side in window_sides("window_size", window_size))
+    return {
+        "window": (left, 0 if causal else right),
+        "softcap": max(number("softcap", softcap), 0.0),
+        "scale": None if softmax_scale is None else number("softmax_scale", softmax_scale),
+        "alibi_slopes": alibi_slopes,
+    }
 
 
 def _dense_lse(lse: Tensor, q: Tensor) -> Tensor:

@@ -17,8 +17,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
         interleaved: dims (0, 1), (2, 3), ... form pairs; else dim i and dim i + rotary_dim / 2.
     """
     half = cos.shape[1]
-    if 2 * half > x.shape[-1]:
-        raise ValueError(f"rotary_cos rotates {2 * half} dims: the head dim is {x.shape[-1]}")
     work = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (table[positions.long()].unsqueeze(2).to(work) for table in (cos, sin))
     turned = x[..., : 2 * half].to(work)
