@@ -230,7 +230,7 @@ def test_kvcache_refusals():
     table = torch.zeros(2, 1, dtype=torch.int32)
     for message, options in {
         "cache_seqlens: new keys need": {"k": q, "v": q},
-        "the cache holds 6": {"k": q, "v": q, "cache_seqlens": 5},
+        "cache_seqlens.0. is 5.*the cache holds 6": {"k": q, "v": q, "cache_seqlens": 5},
         "rotary_cos is given": {"rotary_cos": randn(6, 4), "rotary_sin": randn(6, 4)},
         "cache_leftpad is given with block_table": {"block_table": table, "cache_leftpad": table[:, 0]},
         "cache_batch_idx is given with block_table": {"block_table": table, "cache_batch_idx": table[:, 0]},
@@ -239,6 +239,186 @@ def test_kvcache_refusals():
             shim.flash_attn_with_kvcache(q, cache, cache, **options)
     with pytest.raises(ValueError, match="no backward"):
         shim.flash_attn_with_kvcache(q.requires_grad_(), cache, cache)
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+DENSE = [
+    (
+        "q_rank",
+        {"q": torch.ones(5, 4, 16)},
+        ValueError,
+        r"q has shape \[5, 4, 16\].*\[batch, seqlen_q, nheads",
+    ),
+    ("q_none", {"q": None}, TypeError, "q is None.*tensor"),
+    ("k_batch", {"k": torch.ones(1, 7, 2, 16)}, ValueError, r"k has shape \[1, 7, 2, 16\].*\[2, seqlen_k"),
+    (
+        "v_length",
+        {"v": torch.ones(2, 3, 2, 16)},
+        ValueError,
+        r"v has shape \[2, 3, 2, 16\].*\[2, 7, 2, headdim_v",
+    ),
+    ("k_dtype", {"k": torch.ones(2, 7, 2, 16).double()}, TypeError, "k is torch.float64"),
+    ("window", {"window_size": (1,)}, ValueError, r"window_size is \(1,\)"),
+    ("window_float", {"window_size": (1.5, 2)}, ValueError, r"window_size is \(1.5, 2\)"),
+    ("softcap", {"softcap": None}, TypeError, "softcap is None.*number"),
+    ("softcap_nan", {"softcap": float("nan")}, ValueError, "softcap is nan"),
+    ("scale", {"softmax_scale": "x"}, TypeError, "softmax_scale is 'x'.*number"),
+    ("slopes", {"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes has shape \[3\]"),
+]
+
+
+@pytest.mark.parametrize(
+    "change, error, message", [case[1:] for case in DENSE], ids=[case[0] for case in DENSE]
+)
+def test_bad_dense_arguments(change, error, message):
+    good = {"q": torch.ones(2, 5, 4, 16), "k": torch.ones(2, 7, 2, 16), "v": torch.ones(2, 7, 2, 16)}
+    with pytest.raises(error, match=message):
+        shim.flash_attn_func(**good | change)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: shim.flash_attn_kvpacked_func(torch.ones(2, 5, 4, 16), x),
+        lambda x: shim.flash_attn_qkvpacked_func(x),
+        lambda x: shim.flash_attn_varlen_kvpacked_func(torch.ones(8, 4, 16), x, ints(0, 8), ints(0, 8), 8, 8),
+        lambda x: shim.flash_attn_varlen_qkvpacked_func(x, ints(0, 8), 8),
+    ],
+    ids=["kv", "qkv", "varlen_kv", "varlen_qkv"],
+)
+def test_bad_packed_arguments(call):
+    for shape in ((2,), (8, 4, 16), (2, 7, 2, 16), (2, 7, 5, 2, 16)):
+        with pytest.raises(ValueError, match=r"kv has shape .*it has to be \["):
+            call(torch.ones(shape))
+
+
+PAGED = [
+    (
+        "page",
+        {"block_table": ints(0, 99, 2, 0).view(2, 2)},
+        ValueError,
+        r"block_table\[0, 1\] is 99.*from 0 to 2",
+    ),
+    ("too_long", {"cu_seqlens_k": ints(0, 99, 100)}, ValueError, r"seqused_k\[0\] is 99.*from 0 to 16"),
+    ("decreases", {"cu_seqlens_k": ints(0, 11, 3)}, ValueError, r"cu_seqlens_k\[2\] is 3, after 11"),
+    ("start", {"cu_seqlens_k": ints(1, 11, 16)}, ValueError, r"cu_seqlens_k\[0\] is 1"),
+    ("none", {"cu_seqlens_k": None}, TypeError, "cu_seqlens_k is None"),
+    ("float", {"cu_seqlens_k": torch.tensor([0.0, 11.0, 16.0])}, TypeError, "cu_seqlens_k is torch.float32"),
+    ("shape", {"cu_seqlens_k": ints(0, 11)}, ValueError, r"cu_seqlens_k has shape \[2\].*\[3\]"),
+    ("gradient", {"q": torch.ones(5, 4, 16, requires_grad=True)}, ValueError, "block_table is for inference"),
+]
+
+
+@pytest.mark.parametrize(
+    "change, error, message", [case[1:] for case in PAGED], ids=[case[0] for case in PAGED]
+)
+def test_bad_paged_arguments(change, error, message):
+    good = {
+        "q": torch.ones(5, 4, 16), "k": torch.ones(3, 8, 2, 16), "v": torch.ones(3, 8, 2, 16),
+        "cu_seqlens_q": ints(0, 2, 5), "cu_seqlens_k": ints(0, 11, 16), "max_seqlen_q": 3, "max_seqlen_k": 11,
+        "block_table": ints(2, 0, 1, 0).view(2, 2),
+    }  # fmt: skip
+    assert shim.flash_attn_varlen_func(**good).shape == (5, 4, 16)
+    with pytest.raises(error, match=message):
+        shim.flash_attn_varlen_func(**good | change)
+
+
+NEW = torch.ones(2, 2, 2, 8)
+COS = {"rotary_cos": torch.ones(6, 4), "rotary_sin": torch.ones(6, 4)}
+PAGES = {"cache_batch_idx": None, "block_table": ints(0, 1, 2, 0).view(2, 2)}
+CACHE = [
+    ("q_rank", {"q": torch.ones(2, 4, 8)}, ValueError, r"q has shape \[2, 4, 8\]"),
+    ("k_cache_rank", {"k_cache": torch.ones(3)}, ValueError, r"k_cache has shape \[3\]"),
+    ("v_cache_heads", {"v_cache": torch.ones(3, 6, 1, 8)}, ValueError, r"v_cache has shape \[3, 6, 1, 8\]"),
+    ("no_room", {"k_cache": NEW[:, :0], "v_cache": NEW[:, :0]}, ValueError, r"k_cache has shape \[2, 0, 2, 8\]"),
+    ("index", {"cache_batch_idx": ints(0, 3)}, ValueError, r"cache_batch_idx\[1\] is 3.*from 0 to 2"),
+    ("index_negative", {"cache_batch_idx": ints(0, -1)}, ValueError, r"cache_batch_idx\[1\] is -1"),
+    ("index_float", {"cache_batch_idx": torch.ones(2)}, TypeError, "cache_batch_idx is torch.float32"),
+    ("index_shape", {"cache_batch_idx": ints(0)}, ValueError, r"cache_batch_idx has shape \[1\].*\[2\]"),
+    ("rows", {"cache_batch_idx": None, "k_cache": NEW[:1], "v_cache": NEW[:1]}, ValueError, "has 1 rows, q has 2"),
+    ("length", {"cache_seqlens": ints(5, 1)}, ValueError, r"cache_seqlens\[0\] is 5.*from 0 to 4.*the cache holds 6"),
+    ("length_negative", {"cache_seqlens": ints(-1, 2)}, ValueError, r"cache_seqlens\[0\] is -1"),
+    ("length_shape", {"cache_seqlens": ints(1)}, ValueError, r"cache_seqlens has shape \[1\].*\[2\]"),
+    ("length_float", {"cache_seqlens": 1.5}, TypeError, "cache_seqlens is 1.5"),
+    ("length_string", {"cache_seqlens": "a"}, TypeError, "cache_seqlens is 'a'"),
+    ("k_batch", {"k": NEW[:1], "v": NEW[:1]}, ValueError, r"k has shape \[1, 2, 2, 8\].*\[2, seqlen_new, 2, 8\]"),
+    ("k_heads", {"k": NEW[:, :, :1], "v": NEW[:, :, :1]}, ValueError, r"k has shape \[2, 2, 1, 8\]"),
+    ("v_length", {"v": NEW[:, :1]}, ValueError, r"v has shape \[2, 1, 2, 8\].*\[2, 2, 2, 8\]"),
+    ("k_dtype", {"k": NEW.double()}, TypeError, "k is torch.float64"),
+    ("k_device", {"k": NEW.to("meta")}, ValueError, "k is on meta"),
+    ("only_sin", {"rotary_sin": torch.ones(6, 4)}, ValueError, "rotary_sin is given"),
+    ("rotary_short", {k: v[:3] for k, v in COS.items()}, ValueError, r"cache_seqlens\[0\] is 2.*rotary_cos has 3 rows"),
+    ("rotary_shapes", COS | {"rotary_sin": torch.ones(6, 3)}, ValueError, r"rotary_sin has shape \[6, 3\].*\[6, 4\]"),
+    ("rotary_rank", {k: v[0] for k, v in COS.items()}, ValueError, r"rotary_cos has shape \[4\]"),
+    ("rotary_wide", {k: torch.ones(6, 5) for k in COS}, ValueError, "rotary_cos rotates 10 dims"),
+    ("rotary_int", {k: v.int() for k, v in COS.items()}, TypeError, "rotary_cos is torch.int32"),
+    ("leftpad", {"cache_leftpad": ints(1, 9)}, ValueError, r"cache_leftpad\[1\] is 9.*from 0 to 5"),
+    ("leftpad_negative", {"cache_leftpad": ints(-1, 1)}, ValueError, r"cache_leftpad\[0\] is -1"),
+    ("page", PAGES | {"block_table": ints(9, 1, 2, 0).view(2, 2)}, ValueError, r"block_table\[0, 0\] is 9.*to 2"),
+    ("table_rank", PAGES | {"block_table": ints(0, 1)}, ValueError, r"block_table has shape \[2\]"),
+    ("table_batch", PAGES | {"block_table": ints(0, 1).view(1, 2)}, ValueError, r"block_table has shape \[1, 2\]"),
+    ("table_float", PAGES | {"block_table": torch.zeros(2, 2)}, TypeError, "block_table is torch.float32"),
+]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change, error, message", [case[1:] for case in CACHE], ids=[case[0] for case in CACHE]
+)
+def test_bad_cache_arguments_leave_the_cache_alone(change, error, message):
+    good = {
+        "q": torch.ones(2, 2, 4, 8), "k_cache": torch.zeros(3, 6, 2, 8), "v_cache": torch.zeros(3, 6, 2, 8),
+        "k": NEW, "v": NEW, "cache_seqlens": ints(2, 3), "cache_batch_idx": ints(0, 1),
+    }  # fmt: skip
+    assert shim.flash_attn_with_kvcache(**good).shape == (2, 2, 4, 8)
+    caches = {"k_cache": torch.zeros(3, 6, 2, 8), "v_cache": torch.zeros(3, 6, 2, 8)}
+    with pytest.raises(error, match=message):
+        shim.flash_attn_with_kvcache(**good | caches | change)
+    assert not any(x.any() for x in caches.values())
+
+
+def test_bad_padding_arguments():
+    x, mask = torch.ones(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    unpad, concatenated = bert_padding.unpad_input, bert_padding.unpad_input_for_concatenated_sequences
+    take, put, pad = bert_padding.index_first_axis, bert_padding.index_put_first_axis, bert_padding.pad_input
+    for error, message, function, *args in [
+        (ValueError, r"attention_mask has shape \[2, 2\].*\[2, 3\]", unpad, x, mask[:, :2]),
+        (ValueError, r"attention_mask has shape \[3\].*\[2, 3\]", unpad, x, mask[0]),
+        (ValueError, "attention_mask.* holds 2: .* 0 or 1", unpad, x, 2 * mask),
+        (ValueError, "unused_mask, holds 2: .* 0 or 1", unpad, x, mask, mask),
+        (ValueError, r"unused_mask has shape \[2, 2\]", unpad, x, mask, mask[:, :2]),
+        (ValueError, r"hidden_states has shape \[4\]", unpad, x[0, 0], mask),
+        (TypeError, "attention_mask is None", unpad, x, None),
+        (
+            ValueError,
+            r"attention_mask_in_length.sum\(-1\)\[0\] is 4.*to 3",
+            concatenated,
+            x,
+            ints(3, 1, 0, 1, 0, 0).view(2, 3),
+        ),
+        (
+            ValueError,
+            r"attention_mask_in_length\[0, 1\] is -1",
+            concatenated,
+            x,
+            ints(3, -1, 0, 1, 0, 0).view(2, 3),
+        ),
+        (TypeError, "attention_mask_in_length is torch.float32", concatenated, x, mask.float()),
+        (ValueError, r"indices\[0\] is 5.*from 0 to 1", take, x, torch.tensor([5])),
+        (ValueError, r"indices\[0\] is -1", take, x, torch.tensor([-1])),
+        (TypeError, "indices is torch.float32", take, x, torch.tensor([1.5])),
+        (ValueError, r"indices has shape \[1, 1\]", take, x, torch.tensor([[1]])),
+        (ValueError, r"indices\[1\] is 9.*from 0 to 4", put, x, torch.tensor([0, 9]), 5),
+        (ValueError, "first_axis_dim is -5", put, x, torch.tensor([0, 1]), -5),
+        (ValueError, r"indices\[1\] is 9.*from 0 to 3", pad, x, torch.tensor([0, 9]), 2, 2),
+        (ValueError, r"indices has shape \[1\].*\[2\]", pad, x, torch.tensor([0]), 2, 2),
+        (ValueError, "batch is -2", pad, x, torch.tensor([0, 1]), -2, 2),
+    ]:
+        with pytest.raises(error, match=message):
+            function(*args)
 
 
 def test_unpad_and_pad():

@@ -82,6 +82,16 @@ def test_torch_capability_caps_the_choice(capability, highest):
     assert ISAS.index(done.stdout.strip()) <= ISAS.index(highest)
 
 
+@pytest.mark.parametrize("cap", ISAS[1:])
+def test_a_missing_table_falls_to_the_next_below(cap):
+    """Whatever this build lacks: a machine with AVX2 runs no baseline kernels unless it is told to."""
+    if not torch.cpu._is_avx2_supported():
+        pytest.skip("this machine has no AVX2")
+    done = child("from gapless import _native; print(_native.cpu_isa())", GAPLESS_ISA=cap)
+    assert done.returncode == 0, done.stderr
+    assert 1 <= ISAS.index(done.stdout.strip()) <= ISAS.index(cap)
+
+
 def test_unknown_isa_is_refused():
     done = child("from gapless import _native; print(_native.cpu_isa())", GAPLESS_ISA="sse9")
     assert done.returncode != 0

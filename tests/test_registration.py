@@ -180,6 +180,30 @@ def test_compile_with_inductor():
             torch.testing.assert_close(got, expected)
 
 
+@TRACING
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "inference"])
+@pytest.mark.parametrize("planned", [True, False], ids=["plan", "no_plan"])
+@pytest.mark.parametrize("made", ["argument", "inside"])
+def test_compile_with_one_tensor_three_times(made: str, planned: bool, gradient: bool):
+    """Dynamo traces no autograd.Function that is given one tensor twice: what it gets are views."""
+    torch._dynamo.reset()
+
+    def attention(x, cu_seqlens, plan):
+        x = x if made == "argument" else x * 2
+        return gapless.varlen_attention(x, x, x, cu_seqlens, causal=True, plan=plan, impl="native")
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for lengths in ([5, 0, 9], [40, 3, 1, 20]):
+        batch = make_batch(lengths)
+        plan = gapless.VarlenPlan.make(batch.cu_seqlens_q) if planned else None
+        x = batch.q.requires_grad_(gradient)
+        got, want = (f(x, batch.cu_seqlens_q, plan) for f in (compiled, attention))
+        assert torch.equal(got, want)
+        if gradient:
+            dx, want_dx = (torch.autograd.grad(out, x, batch.dout)[0] for out in (got, want))
+            torch.testing.assert_close(dx, want_dx)
+
+
 def test_compiled_inference_with_pages():
     torch._dynamo.reset()
 

@@ -16,9 +16,7 @@ from gapless import _native
 from gapless.testing import make_batch, scatter_pages
 from gapless.testing.paging import ABSURD_PAGE
 
-# The public function. Lengths used and pages are read only in C++, whose guard raises a RuntimeError.
-
-GUARD = (ValueError, RuntimeError)
+# The public functions.
 
 
 def call(change: dict[str, Any]) -> Any:
@@ -36,10 +34,13 @@ def ints(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 def table(*pages: int) -> torch.Tensor:
-    return ints(*pages).view(2, 2)
+    return ints(*pages).view(2, len(pages) // 2)
 
 
 C64 = torch.complex64
+plan_of = gapless.VarlenPlan.make
+GOOD_PLAN = plan_of(ints(0, 5, 8))
+NO_KEYS = {"k": torch.ones(4, 0, 2, 16), "v": torch.ones(4, 0, 2, 12)}
 LEAF = torch.ones(8, 4, 16, requires_grad=True)
 BAD = [
     # what is wrong, the arguments, the exception, what the message has to contain
@@ -94,8 +95,8 @@ BAD = [
     ("seqused_dtype", {"seqused_k": ints(5, 3, dtype=torch.int64)}, TypeError, ["seqused_k", "int64", "int32"]),
     ("seqused_shape", {"seqused_k": ints(5, 3, 1)}, ValueError, ["seqused_k", "[3]", "[2]"]),
     ("seqused_grad", {"seqused_k": ints(5, 3), "q": LEAF}, ValueError, ["seqused_k"]),
-    ("seqused_too_long", {"seqused_k": ints(6, 3)}, GUARD, ["seqused_k", "6"]),
-    ("seqused_negative", {"seqused_k": ints(5, -1)}, GUARD, ["seqused_k", "-1"]),
+    ("seqused_too_long", {"seqused_k": ints(6, 3)}, ValueError, ["seqused_k[0] is 6", "from 0 to 5"]),
+    ("seqused_negative", {"seqused_k": ints(5, -1)}, ValueError, ["seqused_k[1] is -1", "from 0 to 3"]),
     ("pages_without_seqused", {"pages": True, "seqused_k": None}, ValueError, ["block_table", "seqused_k"]),
     ("pages_rank", {"pages": True, "k": torch.ones(8, 2, 16)}, ValueError, ["k has shape", "[8, 2, 16]", "page_size"]),
     ("pages_grad", {"pages": True, "q": LEAF}, ValueError, ["block_table"]),
@@ -103,12 +104,30 @@ BAD = [
     ("table_shape", {"pages": True, "block_table": torch.zeros(3, 2).int()}, ValueError, ["block_table", "[3, 2]"]),
     ("table_rank", {"pages": True, "block_table": ints(0, 1)}, ValueError, ["block_table", "[2]"]),
     ("page_out_of_range", {"pages": True, "block_table": table(0, 1, 2, 99)}, None, []),  # 99 is not used
-    ("page_too_large", {"pages": True, "block_table": table(0, 99, 2, 3)}, GUARD, ["block_table", "99"]),
-    ("page_negative", {"pages": True, "block_table": table(0, 1, -1, 3)}, GUARD, ["block_table", "-1"]),
-    ("pages_too_few", {"pages": True, "seqused_k": ints(13, 3)}, GUARD, ["seqused_k", "13"]),
+    ("page_too_large", {"pages": True, "block_table": table(0, 99, 2, 3)}, ValueError, ["[0, 1] is 99", "0 to 4"]),
+    ("page_negative", {"pages": True, "block_table": table(0, 1, -1, 3)}, ValueError, ["block_table[1, 0] is -1"]),
+    ("pages_too_few", {"pages": True, "seqused_k": ints(13, 3)}, ValueError, ["seqused_k[0] is 13", "from 0 to 12"]),
+    ("table_empty", {"pages": True, "block_table": table()}, ValueError, ["block_table", "[2, 0]", "[2, 1]"]),
+    ("table_scalar", {"pages": True, "block_table": torch.tensor(1).int()}, ValueError, ["block_table", "[]"]),
+    ("pages_of_0", {"pages": True, **NO_KEYS}, ValueError, ["k has shape [4, 0, 2, 16]"]),
+    ("window_none", {"window": None}, ValueError, ["window is None", "(left, right)"]),
+    ("window_string", {"window": ("a", 0)}, ValueError, ["window", "'a'"]),
+    ("softcap_string", {"softcap": "1"}, TypeError, ["softcap is '1'", "number"]),
+    ("softcap_tensor", {"softcap": torch.tensor(1.0)}, TypeError, ["softcap is tensor(1.)", "number"]),
+    ("scale_string", {"scale": "x"}, TypeError, ["scale is 'x'", "number"]),
+    ("scale_nan", {"scale": float("nan")}, ValueError, ["scale is nan", "finite"]),
+    ("scale_inf", {"scale": float("-inf")}, ValueError, ["scale is -inf", "finite"]),
+    ("sparse", {"q": torch.ones(8, 4, 16).to_sparse()}, TypeError, ["q is of layout", "sparse", "strided"]),
+    ("cu_device", {"cu_seqlens_q": ints(0, 5, 8).to("meta")}, ValueError, ["cu_seqlens_q is on meta", "cpu"]),
+    ("cu_k_device", {"cu_seqlens_k": ints(0, 5, 8).to("meta")}, ValueError, ["cu_seqlens_k is on meta", "cpu"]),
+    ("plan_type", {"plan": (1, 2)}, TypeError, ["plan is (1, 2)", "VarlenPlan"]),
+    ("plan_device", {"plan": GOOD_PLAN.to("meta")}, ValueError, ["plan is on meta", "cpu"]),
+    ("plan_queries", {"plan": plan_of(ints(0, 5, 9))}, ValueError, ["plan.cu_seqlens_q ends at 9", "8"]),
+    ("plan_keys", {"plan": plan_of(ints(0, 5, 8), ints(0, 5, 7))}, ValueError, ["plan.cu_seqlens_k ends at 7", "8"]),
+    ("plan_and_cu_float", {"plan": GOOD_PLAN, "cu_seqlens_q": torch.ones(3)}, TypeError, ["cu_seqlens_q", "float32"]),
     ("impl_unknown", {"impl": "cuda"}, ValueError, ["impl", "'cuda'", "'native'"]),
     ("impl_flash_attn", {"impl": "flash_attn"}, ValueError, ["impl='flash_attn'", "flash-attn"]),
-    ("plan_of_another_batch", {"plan": gapless.VarlenPlan.make(ints(0, 8))}, ValueError, ["plan is for 1", "2"]),
+    ("plan_of_another_batch", {"plan": plan_of(ints(0, 8))}, ValueError, ["plan is for 1", "2"]),
 ]  # fmt: skip
 
 
@@ -143,26 +162,186 @@ def test_devices_without_a_kernel_are_refused():
         gapless.varlen_attention(q, q, q, ints(0, 8), impl="native")
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sinks"])
+def test_tensors_are_needed(name: str):
+    with pytest.raises(TypeError, match=rf"^{name} is \[1, 2\], of type list: it has to be a tensor"):
+        call({name: [1, 2]})
+    with pytest.raises(TypeError, match=rf"^{name} is array.*of type ndarray: it has to be a tensor"):
+        call({name: torch.ones(2).numpy()})
+
+
+@pytest.mark.parametrize("name", ["seqused_k", "block_table"])
+def test_tensors_are_needed_with_pages(name: str):
+    with pytest.raises(TypeError, match=rf"^{name} is \[1, 2\], of type list: it has to be a tensor"):
+        call({"pages": True, name: [1, 2]})
+
+
+VALUES = ["cu_start", "cu_decreases", "cu_too_long", "cu_k_end", "cu_k_batch", "cu_k_missing", "seqused_too_long",
+          "seqused_negative", "page_too_large", "page_negative", "pages_too_few", "plan_of_another_batch",
+          "plan_queries", "plan_keys"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_reference_refuses_the_same(name: str):
+    """It reads with slices, which forgive."""
+    change, error, words = next(case[1:] for case in BAD if case[0] == name)
+    with pytest.raises(error) as caught:
+        call({**change, "impl": "reference"})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_wide_window_is_no_limit():
+    assert torch.equal(call({"window": (2**40, 2**31)}), call({}))
+    assert torch.equal(call({"window": [2**31 - 1, 0]}), call({"causal": True}))
+
+
 def test_a_plan_that_does_not_fit_the_tensors_is_refused():
-    """Same number of sequences, other lengths."""
+    """Same number of sequences, other lengths; with a gradient too."""
     for cu in (ints(0, 5, 9), ints(0, 9, 9), ints(0, 2**30, 2**31 - 1)):
-        with pytest.raises((ValueError, RuntimeError), match="cu_seqlens"):
-            call({"plan": gapless.VarlenPlan.make(cu, block_q=2**30, block_k=2**30)})
+        for q in (LEAF.detach(), LEAF):
+            with pytest.raises(ValueError, match=r"plan\.cu_seqlens_q ends at"):
+                call({"q": q, "plan": plan_of(cu, block_q=2**30, block_k=2**30)})
+
+
+def test_slopes_that_want_a_gradient_serve_inference():
+    slopes = torch.ones(4, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(call({"alibi_slopes": slopes}), call({"alibi_slopes": slopes.detach()}))
+
+
+def test_values_of_fake_tensors_are_not_read():
+    from torch._subclasses import FakeTensorMode
+
+    batch = make_batch([5, 3])
+    pages = scatter_pages(batch.k, batch.v, [5, 3], 4)
+    plan = gapless.VarlenPlan.make(batch.cu_seqlens_q)
+    with FakeTensorMode() as mode:
+        q, k, v, table, used, cu = map(mode.from_tensor, (batch.q, *pages, batch.cu_seqlens_q))
+        tensors = map(mode.from_tensor, plan.tensors)
+        plan = gapless.VarlenPlan(*tensors, plan.block_q, plan.block_k)
+        out = gapless.varlen_attention(q, k, v, cu, seqused_k=used, block_table=table, plan=plan)
+    assert out.shape == batch.q.shape
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, in torch.func
+def test_forward_mode_derivatives():
+    """Only the reference has them; the others say so."""
+    from torch.autograd import forward_ad
+
+    batch = make_batch([5, 3])
+    tangent = torch.ones_like(batch.q)
+
+    def attention(q: torch.Tensor, **options: Any) -> torch.Tensor:
+        return gapless.varlen_attention(q, batch.k, batch.v, batch.cu_seqlens_q, causal=True, **options)
+
+    with forward_ad.dual_level():
+        q = forward_ad.make_dual(batch.q, tangent)
+        got = forward_ad.unpack_dual(attention(q)).tangent
+        with pytest.raises(
+            ValueError, match="impl='native' cannot take these inputs: it has no forward-mode"
+        ):
+            attention(q, impl="native")
+        with pytest.raises(ValueError, match="seqused_k is for inference"):
+            attention(q, seqused_k=ints(5, 3))
+    _, want = torch.func.jvp(attention, (batch.q,), (tangent,))
+    torch.testing.assert_close(got, want)
+    leaf = batch.q.clone().requires_grad_()
+    (dq,) = torch.autograd.grad(attention(leaf), leaf, batch.dout)
+    torch.testing.assert_close((got * batch.dout).sum(), (dq * tangent).sum())
+
+
+OUT, LSE = torch.ones(3, 2, 4), torch.ones(2, 3)
+PARTS = {
+    "nothing": ([], [], ValueError, ["0 outs"]),
+    "no_lse": ([OUT], [], ValueError, ["1 outs", "0 lses"]),
+    "lse_shape": ([OUT], [torch.ones(3, 2)], ValueError, ["lses[0]", "[3, 2]"]),
+    "out_shapes": ([OUT, torch.ones(3, 2, 5)], [LSE] * 2, ValueError, ["outs[1]", "[3, 2, 5]"]),
+    "rank": ([torch.ones(3)], [torch.ones(3)], ValueError, ["outs[0] has shape [3]", "[tokens, heads, dim]"]),
+    "no_list": (OUT, [LSE], TypeError, ["outs is of type Tensor", "list"]),
+    "none": ([OUT], None, TypeError, ["lses is of type NoneType", "list"]),
+    "no_tensors": ([OUT, 1], [LSE, LSE], TypeError, ["outs[1] is 1", "tensor"]),
+    "dtypes": ([OUT, OUT.half()], [LSE] * 2, TypeError, ["outs[1] is torch.float16"]),
+    "integers": ([OUT.int()], [LSE], TypeError, ["outs[0] is torch.int32"]),
+    "lse_dtype": ([OUT, OUT], [LSE, LSE.half()], TypeError, ["lses[1] is torch.float16", "float32"]),
+    "device": ([OUT, OUT.to("meta")], [LSE] * 2, ValueError, ["outs[1] is on meta", "cpu"]),
+    "lse_device": ([OUT], [LSE.to("meta")], ValueError, ["lses[0] on meta", "cpu"]),
+}
+
+
+@pytest.mark.parametrize("outs, lses, error, words", PARTS.values(), ids=PARTS)
+def test_bad_parts_to_merge(outs: Any, lses: Any, error: type, words: list[str]):
+    with pytest.raises(error) as caught:
+        gapless.merge_attention(outs, lses)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def nested(*lengths: int, heads: int = 2, dim: int = 8, device: str = "cpu") -> torch.Tensor:
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+    return torch.nested.nested_tensor_from_jagged(
+        torch.ones(sum(lengths), heads, dim, device=device), offsets=offsets
+    )
+
+
+NESTED = {
+    "no_tensor": (lambda: {"nt_q": [1]}, TypeError, ["nt_q is [1], of type list", "jagged"]),
+    "dense": (lambda: {"nt_k": torch.ones(2, 3, 2, 8)}, TypeError, ["nt_k is dense", "jagged"]),
+    "batch": (lambda: {"nt_k": nested(1, 2, 2)}, ValueError, ["nt_k has 3 sequences, nt_q has 2"]),
+    "lengths": (lambda: {"nt_v": nested(1, 4)}, ValueError, ["[3, 2]", "[1, 4]"]),
+    "device": (lambda: {"nt_v": nested(3, 2, device="meta")}, ValueError, ["nt_v is on meta"]),
+    "heads": (lambda: {"nt_q": nested(3, 2, heads=3)}, ValueError, ["q has 3 heads, k has 2"]),
+    "window": (lambda: {"window": (-3, 0)}, ValueError, ["window is (-3, 0)"]),
+    "plan": (lambda: {"plan": gapless.VarlenPlan.make(ints(0, 5))}, ValueError, ["plan is for 1"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning", "ignore:.*is_fx_tracing.*")
+@pytest.mark.parametrize("change, error, words", NESTED.values(), ids=NESTED)
+def test_bad_nested_arguments(change: Callable[[], dict], error: type, words: list[str]):
+    same = nested(3, 2)
+    with pytest.raises(error) as caught:
+        gapless.nested_attention(**{"nt_q": same, "nt_k": same, "nt_v": same} | change())
+    for word in words:
+        assert word in str(caught.value)
+
+
+TORCHS = [
+    ("query_rank", {"query": torch.ones(4)}, ValueError, ["query has shape [4]", "3 dims"]),
+    ("key_rank", {"key": torch.ones(3)}, ValueError, ["key has shape [3]", "3 dims"]),
+    ("key_is_no_page", {"block_table": table(0, 1, 2, 3)}, ValueError, ["key has shape [8, 2, 16]", "4 dims"]),
+    ("query_none", {"query": None}, TypeError, ["query is None", "tensor"]),
+    ("cu_list", {"cu_seq_q": [0, 5, 8]}, TypeError, ["cu_seq_q is [0, 5, 8]", "tensor"]),
+    ("heads", {"enable_gqa": False}, ValueError, ["query has 4 heads, key has 2"]),
+    ("window_of_1", {"window_size": (1,)}, ValueError, ["window_size is (1,)"]),
+    ("window_of_3", {"window_size": (1, 2, 3)}, ValueError, ["window_size is (1, 2, 3)"]),
+    ("window_none", {"window_size": None}, ValueError, ["window_size is None"]),
+    ("used_float", {"seqused_k": torch.ones(2)}, TypeError, ["seqused_k is torch.float32", "int32"]),
+    ("used_bool", {"seqused_k": torch.ones(2).bool()}, TypeError, ["seqused_k is torch.bool", "int32"]),
+    ("used_long", {"seqused_k": ints(2**32 + 1, 3, dtype=torch.int64)}, ValueError, ["seqused_k[0] is", "from 0 to 5"]),
+    ("used_shape", {"seqused_k": ints(1, 2)[None]}, ValueError, ["seqused_k has shape [1, 2]", "[batch]"]),
+    ("aux", {"return_aux": True}, TypeError, ["return_aux is True", "AuxRequest"]),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "outs, lses, words",
-    [
-        ([], [], ["0 outs"]),
-        ([torch.ones(3, 2, 4)], [], ["1 outs", "0 lses"]),
-        ([torch.ones(3, 2, 4)], [torch.ones(3, 2)], ["lses[0]", "[3, 2]"]),
-        ([torch.ones(3, 2, 4), torch.ones(3, 2, 5)], [torch.ones(2, 3)] * 2, ["outs[1]", "[3, 2, 5]"]),
-    ],
-    ids=["nothing", "no_lse", "lse_shape", "out_shapes"],
+    "change, error, words", [case[1:] for case in TORCHS], ids=[case[0] for case in TORCHS]
 )
-def test_bad_parts_to_merge(outs: list, lses: list, words: list[str]):
-    with pytest.raises(ValueError) as caught:
-        gapless.merge_attention(outs, lses)
+def test_bad_arguments_of_torchs_signature(change: dict[str, Any], error: type, words: list[str]):
+    batch = make_batch([5, 3], [5, 3], 4, 2, 16, 12)
+    cu = batch.cu_seqlens_q
+    good = {
+        "query": batch.q,
+        "key": batch.k,
+        "value": batch.v,
+        "cu_seq_q": cu,
+        "cu_seq_k": cu,
+        "max_q": 5,
+        "max_k": 5,
+    }
+    assert gapless.varlen_attn(**good, enable_gqa=True).shape == (8, 4, 12)
+    with pytest.raises(error) as caught:
+        gapless.varlen_attn(**good | {"enable_gqa": True} | change)
     for word in words:
         assert word in str(caught.value)
 

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks that public functions share: what is wrong, with its name and its value, and what would be right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Each is a strided tensor."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is {t!r:.80}, of type {type(t).__name__}: it has to be a tensor")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name} is of layout {t.layout}: it has to be strided (dense)")
+
+
+def check_shape(name: str, t: Tensor, shape: Sequence[int | str]) -> None:
+    """``shape`` holds sizes, and names of sizes that may be any."""
+    check_tensors(**{name: t})
+    if t.dim() != len(shape) or any(
+        not isinstance(n, str) and n != m for n, m in zip(shape, t.shape, strict=True)
+    ):
+        raise ValueError(f"{name} has shape {list(t.shape)}: it has to be [{', '.join(map(str, shape))}]")
+
+
+def check_integers(name: str, t: Tensor, shape: Sequence[int | str], like: Tensor) -> None:
+    """int32 or int64, of the shape, on the device of ``like``."""
+    check_tensors(**{name: t})
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} is {t.dtype}: it has to be torch.int32 or torch.int64")
+    check_shape(name, t, shape)
+    if t.device != like.device:
+        raise ValueError(f"{name} is on {t.device}: it has to be on {like.device}, as the rest")
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number of Python or numpy; a tensor's gradient would be lost."""
+    if not isinstance(value, (int, float)):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} is {value!r:.80}, of type {type(value).__name__}: it has to be a number")
+        value = float(value)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} is {value}: it has to be finite")
+    return float(value)
+
+
+def window_sides(name: str, window: Any) -> tuple[Any, Any]:
+    """The two whole numbers of a window, whatever their size."""
+    if isinstance(window, (tuple, list)) and len(window) == 2:
+        left, right = window
+        if isinstance(left, int) and isinstance(right, int):
+            return left, right
+        if hasattr(left, "__index__") and hasattr(right, "__index__"):
+            return int(left), int(right)
+    raise ValueError(
+        f"{name} is {window!r:.80}: it has to be (left, right), each a whole number, -1 for no limit"
+    )
+
+
+def to_int32(t: Tensor) -> Tensor:
+    """int64 to int32; what does not fit becomes the nearest that does, which is still out of any range."""
+    return t if t.dtype == torch.int32 else t.clamp(-INT32_MAX - 1, INT32_MAX).int()
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Their values are there: no compiler traces, and no device has to be waited for."""
+    return not torch.compiler.is_compiling() and all(
+        t is None or (type(t) is Tensor and t.device.type == "cpu") for t in tensors
+    )
+
+
+def check_range(
+    name: str, t: Tensor, low: Any, high: Any, wanted: str, used: np.ndarray | None = None
+) -> None:
+    """Every entry of a readable ``t`` that is ``used`` lies from ``low`` to ``high``; ``wanted`` says what those are.
+
+    ``low`` and ``high`` may be arrays. All in numpy, which takes a third of torch's time on few numbers.
+    """
+    values = t.numpy()
+    wrong = (values < low) | (values > high)
+    if used is not None:
+        wrong &= used
+    if wrong.any():
+        at = tuple(np.argwhere(wrong)[0].tolist())
+        least, most = (np.broadcast_to(x, values.shape)[at] for x in (low, high))
+        raise ValueError(
+            f"{name}[{', '.join(map(str, at))}] is {values[at]}: it has to be from {least} to {most}, {wanted}"
+        )
+
+
+def check_pages(block_table: Tensor, seqused_k: Tensor, page_size: int, pages: int) -> None:
+    """A readable table [batch, max_pages] has room for the keys in use, and the pages that hold them exist."""
+    columns = block_table.shape[1]
+    room = "the keys that a row of block_table has room for"
+    check_range("seqused_k", seqused_k, 0, columns * page_size, room)
+    used = np.arange(0, columns * page_size, page_size) < seqused_k.numpy()[:, None]
+    check_range("block_table", block_table, 0, pages - 1, "the pages there are", used)
