@@ -69,13 +69,15 @@ class VectorProducts {
 
     /// exp(score * factor - base) of a segment, added up per lane.
     template <int n>
-    static void exponentials(T* block, int64_t width, int64_t keys, T factor, const Vec<T>* base,
-                             Vec<T>* sum) {
+    static void exponentials(const Strip<T>& strip, const Segment& s, int64_t from, T factor,
+                             const Vec<T>* base, Vec<T>* sum) {
         constexpr int w = kLanes<T>;
+        const int64_t keys = s.end - s.begin;
+        T* block = strip.scores + (s.begin - from) * strip.width + s.vec_begin * w;
         constexpr int64_t kRun = 16;  // one long chain of additions would lose bits that the LSE needs
-        for (int64_t from = 0; from < keys; from += kRun) {
+        for (int64_t k = 0; k < keys;) {
             Vec<T> run[n] = {};
-            for (int64_t k = from; k < least(keys, from + kRun); ++k, block += width) {
+            for (const int64_t end = least(keys, k + kRun); k < end; ++k, block += strip.width) {
 #pragma GCC unroll 4
                 for (int v = 0; v < n; ++v) {
                     const Vec<T> e = vexp(load(block + v * w) * factor - base[v]);
@@ -128,8 +130,8 @@ class VectorProducts {
 };
 
 #if defined(__AMX_BF16__)
-/// Products of bfloat16 on tile registers. Whole strips and padded tiles only, so there is one segment, of
-/// all vectors; the exponentials, rounded to bfloat16, are pairs of keys.
+/// Products of bfloat16 on tile registers, so segments are of 32 keys and two vectors, padded if need be; the
+/// exponentials, rounded to bfloat16, are pairs of keys.
 class TileProducts {
   public:
     using T = float;
@@ -160,41 +162,54 @@ class TileProducts {
     static int split(const View& view, int64_t from, int64_t to, Segment* segments) {
         to = least(to, view.end());
         if (from >= to || to <= view.begin()) return 0;
-        segments[0] = {from, to, 0, view.vecs, view.cuts(from, to)};
-        return 1;
+        // The first half of the lanes may see fewer keys.
+        const int64_t half =
+            view.vecs > 2 ? least(to, from + round_up(most(0, view.last_end[1] - from), kTileDepth)) : to;
+        int count = 0;
+        if (from < half) segments[count++] = {from, half, 0, view.vecs, view.cuts(from, half)};
+        if (half < to) segments[count++] = {half, to, 2, view.vecs, view.cuts(half, to, 2, view.vecs)};
+        return count;
     }
 
-    void scores(const Strip<float>& strip, const Segment& s, int64_t) const {
-        const int64_t depth = round_up(p.dim, kTileDepth);
-        multiply({keys, depth, static_cast<const uint32_t*>(strip.queries), strip.width, strip.scores,
-                  strip.width, s.end - s.begin, strip.width, depth, false, &ahead});
+    void scores(const Strip<float>& strip, const Segment& s, int64_t from) const {
+        const int64_t depth = round_up(p.dim, kTileDepth), at = s.begin - from, lane = s.vec_begin * kTile;
+        multiply({keys + at * depth, depth, static_cast<const uint32_t*>(strip.queries) + lane, strip.width,
+                  strip.scores + at * strip.width + lane, strip.width, s.end - s.begin, strip.width - lane, depth,
+                  false, &ahead});
     }
 
     template <int n>
-    void exponentials(const float* block, int64_t width, int64_t count, float factor, const Vec<float>* base,
-                      Vec<float>* sum) const {
-        uint32_t* to = pairs;
-        for (int64_t k = 0; k < count; k += 2, block += 2 * width, to += width) {
+    void exponentials(const Strip<float>& strip, const Segment& s, int64_t from, float factor,
+                      const Vec<float>* base, Vec<float>* sum) const {
+        const int64_t at = s.begin - from, lane = s.vec_begin * kTile, count = s.end - s.begin;
+        const float* block = strip.scores + at * strip.width + lane;
+        uint32_t* to = pairs + at / 2 * strip.width + lane;
+        for (int64_t k = 0; k < count; k += 2, block += 2 * strip.width, to += strip.width)
 #pragma GCC unroll 4
             for (int v = 0; v < n; ++v) {
                 const Vec<float> even = vexp<4>(load(block + v * kTile) * factor - base[v]);
                 const Vec<float> odd = k + 1 < count
-                                           ? vexp<4>(load(block + width + v * kTile) * factor - base[v])
+                                           ? vexp<4>(load(block + strip.width + v * kTile) * factor - base[v])
                                            : Vec<float>{};
                 sum[v] += even + odd;
                 _mm512_storeu_si512(to + v * kTile, round_pairs(even, odd));
             }
-        }
-        std::memset(to, 0, (round_up(count, kTileDepth) - round_up(count, 2)) / 2 * width * sizeof(uint32_t));
+        for (int64_t k = round_up(count, 2); k < round_up(count, kTileDepth); k += 2, to += strip.width)
+            std::memset(to, 0, n * kTile * sizeof(uint32_t));
     }
 
-    void outputs(const Strip<float>& strip, const Segment* segments, int, int64_t, int vecs) const {
+    void outputs(const Strip<float>& strip, const Segment* segments, int count, int64_t from, int vecs) const {
         bool same = true;
         for (int v = 0; v < vecs; ++v)
             same &= _mm512_cmpeq_ps_mask((__m512)load(strip.factor + v * kTile), _mm512_set1_ps(1)) == 0xffff;
         if (!same) VectorProducts<float>::rescale(strip, p.dim_v, vecs);
-        multiply({values, kTileKeys, pairs, strip.width, strip.out, strip.width, out_width(p), strip.width,
-                  round_up(segments[0].end - segments[0].begin, kTileDepth), true, &ahead});
+        for (int i = 0; i < count; ++i) {
+            const Segment& s = segments[i];
+            const int64_t at = s.begin - from, lane = s.vec_begin * kTile;
+            multiply({values + at, kTileKeys, pairs + at / 2 * strip.width + lane, strip.width, strip.out + lane,
+                      strip.width, out_width(p), strip.width - lane, round_up(s.end - s.begin, kTileDepth), true,
+                      &ahead});
+        }
     }
 
   private:
@@ -401,11 +416,10 @@ class Forward {
         }
         for (int i = 0; i < count; ++i) {
             const Segment& s = segments[i];
-            T* block = scores + (s.begin - from) * strip.width + s.vec_begin * w;
             by_width(s, [&]<int n>() {
                 Vec<T> b[n], total[n];
                 for (int v = 0; v < n; ++v) b[v] = base[s.vec_begin + v], total[v] = part[s.vec_begin + v];
-                products.template exponentials<n>(block, strip.width, s.end - s.begin, unit, b, total);
+                products.template exponentials<n>(strip, s, from, unit, b, total);
                 for (int v = 0; v < n; ++v) part[s.vec_begin + v] = total[v];
             });
         }
