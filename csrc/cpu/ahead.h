@@ -14,15 +14,20 @@ class Ahead {
   public:
     static constexpr int64_t kMostAtOnce = 256;
 
-    void carve(Carver& c, int64_t lines) { lines_ = c.take<const char*>(lines + kMostAtOnce); }
+    void carve(Carver& c, int64_t lines) {
+        room_ = lines;
+        lines_ = c.take<const char*>(lines + kMostAtOnce);
+    }
     /// Lines that a row of so many bytes can touch.
     static int64_t lines_of(int64_t bytes) { return bytes / kLine + 2; }
 
     void clear() { next_ = end_ = 0; }
+    /// What the list has no room for is left to the loads themselves.
     void add(const void* row, int64_t bytes) {
         const char* at = static_cast<const char*>(row);
         const char* end = at + bytes;
-        for (at -= reinterpret_cast<uintptr_t>(at) % kLine; at < end; at += kLine) lines_[end_++] = at;
+        for (at -= reinterpret_cast<uintptr_t>(at) % kLine; at < end && end_ < room_; at += kLine)
+            lines_[end_++] = at;
     }
     /// The next `count` lines (the last ones again, if fewer are left), or null if none are.
     GAPLESS_INLINE const char* const* take(int64_t count) {
@@ -41,7 +46,7 @@ class Ahead {
   private:
     static constexpr int64_t kLine = 64;
     const char** lines_;
-    int64_t next_ = 0, end_ = 0;
+    int64_t next_ = 0, end_ = 0, room_ = 0;
 };
 
 }  // namespace

@@ -18,7 +18,7 @@ namespace gapless::cpu {
     void varlen_forward(const VarlenParams&, const ForwardItem&);                                        \
     void varlen_merge(const VarlenParams&, const MergeItem&);                                            \
     void varlen_delta(const VarlenBackwardParams&, int64_t, int64_t);                                    \
-    void varlen_backward(const VarlenBackwardParams&, const BackwardItem&);                              \
+    void varlen_backward(const VarlenBackwardParams&, const BackwardItem&, const BackwardItem*);         \
     extern const int64_t backward_block_rows;                                                            \
     Kernels table() {                                                                                    \
         return {#ISA, varlen_forward, varlen_merge, varlen_delta, varlen_backward, backward_block_rows}; \

@@ -11,9 +11,10 @@ struct Kernels {
     /// One item of attention forward.
     void (*varlen_forward)(const VarlenParams&, const ForwardItem&);
     void (*varlen_merge)(const VarlenParams&, const MergeItem&);
-    /// Attention backward: delta for tokens [begin, end), then the items.
+    /// Attention backward: delta for tokens [begin, end), then the items. `next` is what this thread runs
+    /// after this one, if that is known.
     void (*varlen_delta)(const VarlenBackwardParams&, int64_t begin, int64_t end);
-    void (*varlen_backward)(const VarlenBackwardParams&, const BackwardItem&);
+    void (*varlen_backward)(const VarlenBackwardParams&, const BackwardItem&, const BackwardItem* next);
     /// Most rows of a block, which is the unit of BackwardItem::turn.
     int64_t backward_block_rows;
 };

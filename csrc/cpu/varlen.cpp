@@ -18,7 +18,6 @@ namespace {
 // A tile of few rows over many keys is cut along its keys, so that one long sequence still feeds every
 // thread. The limits are part of the result's bits and so depend on nothing but the tile.
 constexpr int64_t kSplitRows = 64, kSplitKeys = 1024;
-constexpr int64_t kItemsPerThread = 16;
 
 void check(bool fine, const char* what, int64_t at, int64_t value, const std::string& wanted) {
     if (!fine)
@@ -58,23 +57,25 @@ std::pair<int64_t, int64_t> tile_keys(const VarlenParams& p, const int32_t* tile
     return {begin, std::max(begin, end)};
 }
 
-/// Runs body(0), ..., body(count - 1), each once, handed out in this order and in groups of `together` to
-/// whichever thread is free.
+/// Runs body(0), ..., body(count - 1), each once, handed out in this order to whichever thread is free.
 template <class Body>
-void in_order(int64_t count, int64_t together, const Threads& threads, const Body& body) {
+void in_order(int64_t count, const Threads& threads, const Body& body) {
     std::atomic<int64_t> next{0};
     const auto work = [&] {
-        for (int64_t i; (i = next.fetch_add(together, std::memory_order_relaxed)) < count;)
-            for (int64_t j = i; j < std::min(count, i + together); ++j) body(j);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
     };
-    if (count <= together)
+    if (count <= 1)
         work();
     else
         threads.run(work);
 }
 
-/// Heads of one tile lie beside each other in memory: with many small tiles, one thread takes all of them.
-int64_t heads_together(int64_t tiles, int64_t heads) { return tiles >= 128 ? heads : 1; }
+/// How many kv heads of one tile a thread takes at once. They lie beside each other in memory, so as many as
+/// leave every thread enough items to even out.
+int64_t heads_together(int64_t tiles, int64_t kv_heads, const Threads& threads) {
+    constexpr int64_t kItemsPerThread = 16;
+    return std::clamp<int64_t>(tiles * kv_heads / (kItemsPerThread * threads.count), 1, kv_heads);
+}
 
 }  // namespace
 
@@ -138,19 +139,16 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threa
         return partials.get() + (kv_head * partial_rows + row) * row_bytes;
     };
     const Kernels& k = kernels();
-    // Heads of one tile lie beside each other in memory, so an item takes as many as leave every thread
-    // enough items to even out.
-    const int64_t items = int64_t(parts.size()) * p.kv_heads,
-                  together = std::clamp<int64_t>(items / (kItemsPerThread * threads.count), 1, p.kv_heads),
+    const int64_t together = heads_together(int64_t(parts.size()), p.kv_heads, threads),
                   groups = (p.kv_heads + together - 1) / together;
-    in_order(int64_t(parts.size()) * groups, 1, threads, [&](int64_t i) {
+    in_order(int64_t(parts.size()) * groups, threads, [&](int64_t i) {
         const Part& part = parts[i / groups];
-        const int32_t head = int32_t(i % groups * together);
-        k.varlen_forward(p, {part.tile, head, int32_t(std::min<int64_t>(together, p.kv_heads - head)), part.begin,
-                             part.end, part.partial < 0 ? nullptr : address(part.partial, head),
+        const int64_t head = i % groups * together, heads = std::min(together, p.kv_heads - head);
+        k.varlen_forward(p, {part.tile, int32_t(head), int32_t(heads), part.begin, part.end,
+                             part.partial < 0 ? nullptr : address(part.partial, int32_t(head)),
                              partial_rows * (p.dim_v + 2)});
     });
-    in_order(int64_t(merges.size()) * p.kv_heads, 1, threads, [&](int64_t i) {
+    in_order(int64_t(merges.size()) * p.kv_heads, threads, [&](int64_t i) {
         const Merge& merge = merges[i / p.kv_heads];
         const int32_t head = int32_t(i % p.kv_heads);
         k.varlen_merge(p, {merge.tile, head, address(merge.partial, head), merge.parts});
@@ -162,7 +160,7 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
     const VarlenParams& p = b.forward;
     const Kernels& k = kernels();
     constexpr int64_t kDeltaTokens = 256;
-    in_order((p.total_q + kDeltaTokens - 1) / kDeltaTokens, 1, threads, [&](int64_t i) {
+    in_order((p.total_q + kDeltaTokens - 1) / kDeltaTokens, threads, [&](int64_t i) {
         k.varlen_delta(b, i * kDeltaTokens, std::min(p.total_q, (i + 1) * kDeltaTokens));
     });
 
@@ -177,8 +175,9 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
         std::vector<int32_t> turns;
         int32_t left;
     };
-    struct Item {
-        int64_t unit;
+    /// What a thread takes at once: a tile of one unit, or the only tiles of several.
+    struct Claim {
+        int64_t unit, units;
         int32_t tile;
     };
     std::vector<std::pair<int32_t, int32_t>> runs;
@@ -192,41 +191,53 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
     }
     // Kernels may pad dim to whole tiles of 16.
     std::vector<Unit> units(runs.size() * p.kv_heads);
-    std::vector<Item> items;
+    std::vector<Claim> claims;
     const int64_t group = p.heads / p.kv_heads,
-                  row_bytes = (p.dim + 15) / 16 * 16 * (p.dtype == DType::kFloat64 ? 8 : 4);
-    for (size_t u = 0; u < units.size(); ++u) {
+                  row_bytes = (p.dim + 15) / 16 * 16 * (p.dtype == DType::kFloat64 ? 8 : 4),
+                  together = heads_together(int64_t(runs.size()), p.kv_heads, threads);
+    for (int64_t u = 0; u < int64_t(units.size()); ++u) {
         const auto [first, tiles] = runs[u / p.kv_heads];
         const int32_t sequence = p.tiles[3 * first];
         units[u].first_tile = first, units[u].tiles = units[u].left = tiles;
         units[u].rows = (p.cu_seqlens_q[sequence + 1] - p.cu_seqlens_q[sequence]) * group;
-        for (int32_t i = 0; i < tiles; ++i) items.push_back({int64_t(u), i});
+        const int64_t head = u % p.kv_heads;
+        if (tiles == 1 && head % together == 0) claims.push_back({u, std::min(together, p.kv_heads - head), 0});
+        for (int32_t i = 0; tiles > 1 && i < tiles; ++i) claims.push_back({u, 1, i});
     }
-    in_order(int64_t(items.size()), heads_together(int64_t(runs.size()), p.kv_heads), threads,
-             [&](int64_t i) {
-                 Unit& unit = units[items[i].unit];
-                 const bool shared = unit.tiles > 1;
-                 if (shared) {
-                     const std::lock_guard lock(unit.mutex);
-                     if (unit.turns.empty()) {
-                         unit.turns.resize(unit.rows / k.backward_block_rows + 1);
-                         unit.dq.resize((unit.rows + k.backward_block_rows) * row_bytes);
-                     }
-                 }
-                 k.varlen_backward(b, {int32_t(items[i].unit % p.kv_heads), unit.first_tile, unit.tiles,
-                                       items[i].tile, shared ? unit.dq.data() : nullptr, unit.turns.data()});
-                 if (shared) {
-                     const std::lock_guard lock(unit.mutex);
-                     if (--unit.left == 0) std::vector<char>().swap(unit.dq);
-                 }
-             });
+    const auto item = [&](int64_t u, int32_t tile) -> BackwardItem {
+        Unit& unit = units[u];
+        return {int32_t(u % p.kv_heads), unit.first_tile, unit.tiles, tile,
+                unit.dq.empty() ? nullptr : unit.dq.data(), unit.turns.data()};
+    };
+    in_order(int64_t(claims.size()), threads, [&](int64_t i) {
+        const Claim& claim = claims[i];
+        Unit& unit = units[claim.unit];
+        if (unit.tiles == 1) {
+            for (int64_t u = claim.unit; u < claim.unit + claim.units; ++u) {
+                const bool last = u + 1 == claim.unit + claim.units;
+                const BackwardItem next = item(last ? u : u + 1, 0);
+                k.varlen_backward(b, item(u, 0), last ? nullptr : &next);
+            }
+            return;
+        }
+        {
+            const std::lock_guard lock(unit.mutex);
+            if (unit.turns.empty()) {
+                unit.turns.resize(unit.rows / k.backward_block_rows + 1);
+                unit.dq.resize((unit.rows + k.backward_block_rows) * row_bytes);
+            }
+        }
+        k.varlen_backward(b, item(claim.unit, claim.tile), nullptr);
+        const std::lock_guard lock(unit.mutex);
+        if (--unit.left == 0) std::vector<char>().swap(unit.dq);
+    });
 
     if (!p.sinks) return;
     const auto at = [&](const void* x, int64_t i) {
         return p.dtype == DType::kFloat64 ? static_cast<const double*>(x)[i]
                                           : double(static_cast<const float*>(x)[i]);
     };
-    in_order(p.heads, 1, threads, [&](int64_t head) {
+    in_order(p.heads, threads, [&](int64_t head) {
         double sum = 0;
         for (int64_t i = head * p.total_q; i < (head + 1) * p.total_q; ++i)
             sum -= std::exp(p.sinks[head] - at(p.lse, i)) * at(b.delta, i);

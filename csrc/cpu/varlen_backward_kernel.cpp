@@ -67,8 +67,8 @@ class VectorGradients {
     static constexpr int kVecs = kBlockRows / kLanes<T>;
     using View = StripView<T, kVecs>;
 
-    explicit VectorGradients(const VarlenParams& p)
-        : p(p), dim(padded<T>(p.dim)), dim_v(padded<T>(p.dim_v)) {}
+    VectorGradients(const VarlenParams& p, Ahead& ahead)
+        : p(p), ahead(ahead), dim(padded<T>(p.dim)), dim_v(padded<T>(p.dim_v)) {}
 
     static int64_t width(int64_t rows) { return padded<T>(rows); }
     static int64_t dq_width(const VarlenParams& p) { return p.dim; }
@@ -113,10 +113,10 @@ class VectorGradients {
             const int64_t n = s.end - s.begin, at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
             const int64_t vecs = s.vec_end - s.vec_begin, depth = vecs * kLanes<T>;
             T *ps = probabilities + lane, *ds = dscores + at * lanes + lane;
-            gemm<Init::kZero, T>({k + at * dim, dim, 1, query_panel + lane, lanes, ps, lanes, p.dim, nullptr},
+            gemm<Init::kZero, T>({k + at * dim, dim, 1, query_panel + lane, lanes, ps, lanes, p.dim, nullptr, &ahead},
                                  n, vecs);
             gemm<Init::kZero, T>(
-                {v + at * dim_v, dim_v, 1, dout_panel + lane, lanes, ds, lanes, p.dim_v, nullptr}, n, vecs);
+                {v + at * dim_v, dim_v, 1, dout_panel + lane, lanes, ds, lanes, p.dim_v, nullptr, &ahead}, n, vecs);
             cells.by_kind(s.partial, [&]<bool kScored, bool kMasked>() {
                 for (int64_t key = 0; key < n; ++key)
                     for (int64_t l = 0; l < depth; l += kLanes<T>) {
@@ -127,10 +127,10 @@ class VectorGradients {
                     }
             });
             gemm<Init::kAdd, T>(
-                {ps, lanes, 1, dout_rows + lane * dim_v, dim_v, dv + at * dim_v, dim_v, depth, nullptr}, n,
+                {ps, lanes, 1, dout_rows + lane * dim_v, dim_v, dv + at * dim_v, dim_v, depth, nullptr, &ahead}, n,
                 dim_v / kLanes<T>);
             gemm<Init::kAdd, T>(
-                {ds, lanes, 1, query_rows + lane * dim, dim, dk + at * dim, dim, depth, nullptr}, n,
+                {ds, lanes, 1, query_rows + lane * dim, dim, dk + at * dim, dim, depth, nullptr, &ahead}, n,
                 dim / kLanes<T>);
         }
     }
@@ -155,6 +155,7 @@ class VectorGradients {
 
   private:
     const VarlenParams& p;
+    Ahead& ahead;
     const int64_t dim, dim_v;
     T *k, *v, *dk, *dv, *query_panel, *dout_panel, *query_rows, *dout_rows, *probabilities, *dscores;
 };
@@ -167,8 +168,9 @@ class TileGradients {
     using T = float;
     using View = StripView<float, kBlockRows / kTile>;
 
-    explicit TileGradients(const VarlenParams& p)
+    TileGradients(const VarlenParams& p, Ahead& ahead)
         : p(p),
+          ahead(ahead),
           dim(round_up(p.dim, kTile)),
           dim_v(round_up(p.dim_v, kTile)),
           depth(round_up(p.dim, kTileDepth)),
@@ -207,9 +209,9 @@ class TileGradients {
     void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes,
               const Cells<float>& cells) {
         const int64_t n = to - from, rows = round_up(n, kTileDepth);
-        multiply({k + from * depth, depth, query_panel, lanes, scores, lanes, n, lanes, depth, false});
+        multiply({k + from * depth, depth, query_panel, lanes, scores, lanes, n, lanes, depth, false, &ahead});
         multiply(
-            {v + from * depth_v, depth_v, dout_panel, lanes, gradients, lanes, n, lanes, depth_v, false});
+            {v + from * depth_v, depth_v, dout_panel, lanes, gradients, lanes, n, lanes, depth_v, false, &ahead});
         uint32_t* pairs = dscore_pairs + from / 2 * lanes;
         cells.by_kind(view.cuts(origin + from, origin + to), [&]<bool kScored, bool kMasked>() {
             for (int64_t key = 0; key < rows; key += 2)
@@ -229,8 +231,8 @@ class TileGradients {
                     _mm512_storeu_si512(pairs + key / 2 * lanes + l, round_pairs(d[0], d[1]));
                 }
         });
-        multiply({probabilities, lanes, dout_pairs, dim_v, dv + from * dim_v, dim_v, n, dim_v, lanes, true});
-        multiply({dscores, lanes, query_pairs, dim, dk + from * dim, dim, n, dim, lanes, true});
+        multiply({probabilities, lanes, dout_pairs, dim_v, dv + from * dim_v, dim_v, n, dim_v, lanes, true, &ahead});
+        multiply({dscores, lanes, query_pairs, dim, dk + from * dim, dim, n, dim, lanes, true, &ahead});
     }
 
     void add_dq(const View&, int64_t, int64_t from, int64_t to, int64_t lanes, float* dq) const {
@@ -243,6 +245,7 @@ class TileGradients {
 
   private:
     const VarlenParams& p;
+    Ahead& ahead;
     const int64_t dim, dim_v, depth, depth_v;  // widths of results, and of sums
     const Tiles tiles;
     int64_t padded_keys;
@@ -258,7 +261,7 @@ class Backward {
     using T = typename Compute<E>::type;
 
     Backward(const VarlenBackwardParams& params, const BackwardItem& item)
-        : b(params), p(params.forward), item(item), gradients(params.forward) {
+        : b(params), p(params.forward), item(item), gradients(params.forward, ahead) {
         const int32_t* tile = p.tiles + 3 * (item.first_tile + item.tile);
         sequence = tile[0], key_begin = tile[1], keys = tile[2] - tile[1];
         group = p.heads / p.kv_heads;
@@ -269,15 +272,22 @@ class Backward {
         rows = map.len_q * group;
     }
 
-    void run() {
+    void run(const BackwardItem* next) {
         Carver sizes(nullptr);
         carve(sizes);
         Carver memory(scratch(sizes.used()));
         carve(memory);
+        ahead.clear();
         for (int64_t i = 0; i < keys; ++i) k_rows[i] = key_row(p.k, i), v_rows[i] = key_row(p.v, i);
         gradients.pack_keys(k_rows, v_rows, keys);
-        for (int64_t row = (rows - 1) / kBlockRows * kBlockRows; row >= 0; row -= kBlockRows)
+        for (int64_t row = last_block(); row >= 0; row -= kBlockRows) {
+            ahead.clear();
+            if (row > 0)
+                expect_rows(row - kBlockRows, ahead);
+            else if (next)
+                Backward(b, *next).expect(ahead);
             block(row, least(kBlockRows, rows - row));
+        }
         for (int64_t i = 0; i < keys; ++i) {
             write_row(key_row(b.dk, i), gradients.dk_row(i), p.dim, T(p.scale));
             write_row(key_row(b.dv, i), gradients.dv_row(i), p.dim_v, T(1));
@@ -288,6 +298,7 @@ class Backward {
     const VarlenBackwardParams& b;
     const VarlenParams& p;
     const BackwardItem& item;
+    Ahead ahead;
     Gradients gradients;
     int64_t sequence, key_begin, keys, group, first_token, first_key, rows;
     RowMap map;
@@ -305,9 +316,34 @@ class Backward {
         dq_rows = c.take<E*>(lanes);
         dq = c.take<T>(lanes * Gradients::dq_width(p));
         factor = c.take<T>(lanes);
+        ahead.carve(c, (keys + lanes) *
+                           (ahead.lines_of(p.dim * sizeof(E)) + ahead.lines_of(p.dim_v * sizeof(E))));
         cells.p = &p;
         cells.lse = c.take<T>(lanes), cells.delta = c.take<T>(lanes);
         cells.lanes.carve(c, lanes);
+    }
+
+    int64_t last_block() const { return (rows - 1) / kBlockRows * kBlockRows; }
+
+    /// Asks for the keys, and for the rows that are the first to meet them.
+    void expect(Ahead& ahead) const {
+        for (int64_t i = 0; i < keys; ++i) {
+            ahead.add(key_row(p.k, i), p.dim * int64_t(sizeof(E)));
+            ahead.add(key_row(p.v, i), p.dim_v * int64_t(sizeof(E)));
+        }
+        if (rows > 0) expect_rows(last_block(), ahead);
+    }
+    void expect_rows(int64_t row, Ahead& ahead) const {
+        int64_t token = first_token + map.query(row), member = row % group;
+        for (const int64_t end = least(rows, row + kBlockRows); row < end; ++row) {
+            const int64_t head = item.kv_head * group + member;
+            const auto add = [&](const Packed& x, int64_t width) {
+                ahead.add(static_cast<const E*>(x.data) + token * x.token_stride + head * x.head_stride,
+                          width * int64_t(sizeof(E)));
+            };
+            add(p.q, p.dim), add(b.dout, p.dim_v);
+            if (++member == group) member = 0, ++token;
+        }
     }
 
     E* key_row(const Packed& x, int64_t key) const {
@@ -402,11 +438,11 @@ class Backward {
 extern const int64_t backward_block_rows;
 const int64_t backward_block_rows = kBlockRows;
 
-void varlen_backward(const VarlenBackwardParams& b, const BackwardItem& item) {
+void varlen_backward(const VarlenBackwardParams& b, const BackwardItem& item, const BackwardItem* next) {
 #if defined(__AMX_BF16__)
-    if (b.forward.dtype == DType::kBFloat16) return Backward<bf16, TileGradients>(b, item).run();
+    if (b.forward.dtype == DType::kBFloat16) return Backward<bf16, TileGradients>(b, item).run(next);
 #endif
-    by_dtype(b.forward.dtype, [&]<class E>() { Backward<E, VectorGradients<E>>(b, item).run(); });
+    by_dtype(b.forward.dtype, [&]<class E>() { Backward<E, VectorGradients<E>>(b, item).run(next); });
 }
 
 // Sums in the order of the products of dout and v: where a row sees one key, the two cancel to the last bit.
@@ -416,8 +452,8 @@ void varlen_delta(const VarlenBackwardParams& b, int64_t begin, int64_t end) {
         constexpr int w = kLanes<T>;
         const VarlenParams& p = b.forward;
         T outs[256 * w], douts[256 * w];
-        for (int64_t head = 0; head < p.heads; ++head)
-            for (int64_t token = begin; token < end; token += w) {
+        for (int64_t token = begin; token < end; token += w)
+            for (int64_t head = 0; head < p.heads; ++head) {
                 const int64_t count = least(w, end - token);
                 const E *out[w], *dout[w];
                 for (int64_t i = 0; i < count; ++i) {
