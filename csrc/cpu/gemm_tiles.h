@@ -21,7 +21,7 @@ struct Gemm {
     int64_t b_row;
     T* c;
     int64_t c_row;
-    int64_t depth;         // number of k
+    int64_t depth;                   // number of k
     const T* lane_factor = nullptr;  // for Init::kScale
     Ahead* ahead = nullptr;          // what to bring near meanwhile
 };

@@ -37,8 +37,11 @@ void check_tiles(const int32_t* tiles, const char* name, int64_t count, int64_t 
         const int32_t s = tiles[3 * i], begin = tiles[3 * i + 1], end = tiles[3 * i + 2];
         if (s == -1) continue;
         check(s >= 0 && s < batch, name, 3 * i, s, "-1 or below the batch size, " + std::to_string(batch));
-        const int64_t length = cu[s + 1] - cu[s];
-        check(begin >= 0 && begin <= end, name, 3 * i + 1, begin, "between 0 and the tile's end");
+        const int64_t length =
+            int64_t{cu[s + 1]} - cu[s];  // with pages, nobody has checked the keys' lengths
+        // An empty tile amid others would let the ones after it wait for its turn, which never comes.
+        check(begin >= 0 && (begin < end || (begin == 0 && end == 0)), name, 3 * i + 1, begin,
+              "from 0 to below the tile's end");
         check(end <= length, name, 3 * i + 2, end,
               "at most the sequence's length, " + std::to_string(length));
     }
@@ -201,13 +204,18 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
         units[u].first_tile = first, units[u].tiles = units[u].left = tiles;
         units[u].rows = (p.cu_seqlens_q[sequence + 1] - p.cu_seqlens_q[sequence]) * group;
         const int64_t head = u % p.kv_heads;
-        if (tiles == 1 && head % together == 0) claims.push_back({u, std::min(together, p.kv_heads - head), 0});
+        if (tiles == 1 && head % together == 0)
+            claims.push_back({u, std::min(together, p.kv_heads - head), 0});
         for (int32_t i = 0; tiles > 1 && i < tiles; ++i) claims.push_back({u, 1, i});
     }
     const auto item = [&](int64_t u, int32_t tile) -> BackwardItem {
         Unit& unit = units[u];
-        return {int32_t(u % p.kv_heads), unit.first_tile, unit.tiles, tile,
-                unit.dq.empty() ? nullptr : unit.dq.data(), unit.turns.data()};
+        return {int32_t(u % p.kv_heads),
+                unit.first_tile,
+                unit.tiles,
+                tile,
+                unit.dq.empty() ? nullptr : unit.dq.data(),
+                unit.turns.data()};
     };
     in_order(int64_t(claims.size()), threads, [&](int64_t i) {
         const Claim& claim = claims[i];

@@ -113,10 +113,12 @@ class VectorGradients {
             const int64_t n = s.end - s.begin, at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
             const int64_t vecs = s.vec_end - s.vec_begin, depth = vecs * kLanes<T>;
             T *ps = probabilities + lane, *ds = dscores + at * lanes + lane;
-            gemm<Init::kZero, T>({k + at * dim, dim, 1, query_panel + lane, lanes, ps, lanes, p.dim, nullptr, &ahead},
-                                 n, vecs);
             gemm<Init::kZero, T>(
-                {v + at * dim_v, dim_v, 1, dout_panel + lane, lanes, ds, lanes, p.dim_v, nullptr, &ahead}, n, vecs);
+                {k + at * dim, dim, 1, query_panel + lane, lanes, ps, lanes, p.dim, nullptr, &ahead}, n,
+                vecs);
+            gemm<Init::kZero, T>(
+                {v + at * dim_v, dim_v, 1, dout_panel + lane, lanes, ds, lanes, p.dim_v, nullptr, &ahead}, n,
+                vecs);
             cells.by_kind(s.partial, [&]<bool kScored, bool kMasked>() {
                 for (int64_t key = 0; key < n; ++key)
                     for (int64_t l = 0; l < depth; l += kLanes<T>) {
@@ -126,9 +128,9 @@ class VectorGradients {
                         store(ds + key * lanes + l, d);
                     }
             });
-            gemm<Init::kAdd, T>(
-                {ps, lanes, 1, dout_rows + lane * dim_v, dim_v, dv + at * dim_v, dim_v, depth, nullptr, &ahead}, n,
-                dim_v / kLanes<T>);
+            gemm<Init::kAdd, T>({ps, lanes, 1, dout_rows + lane * dim_v, dim_v, dv + at * dim_v, dim_v, depth,
+                                 nullptr, &ahead},
+                                n, dim_v / kLanes<T>);
             gemm<Init::kAdd, T>(
                 {ds, lanes, 1, query_rows + lane * dim, dim, dk + at * dim, dim, depth, nullptr, &ahead}, n,
                 dim / kLanes<T>);
@@ -209,9 +211,10 @@ class TileGradients {
     void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes,
               const Cells<float>& cells) {
         const int64_t n = to - from, rows = round_up(n, kTileDepth);
-        multiply({k + from * depth, depth, query_panel, lanes, scores, lanes, n, lanes, depth, false, &ahead});
         multiply(
-            {v + from * depth_v, depth_v, dout_panel, lanes, gradients, lanes, n, lanes, depth_v, false, &ahead});
+            {k + from * depth, depth, query_panel, lanes, scores, lanes, n, lanes, depth, false, &ahead});
+        multiply({v + from * depth_v, depth_v, dout_panel, lanes, gradients, lanes, n, lanes, depth_v, false,
+                  &ahead});
         uint32_t* pairs = dscore_pairs + from / 2 * lanes;
         cells.by_kind(view.cuts(origin + from, origin + to), [&]<bool kScored, bool kMasked>() {
             for (int64_t key = 0; key < rows; key += 2)
@@ -231,7 +234,8 @@ class TileGradients {
                     _mm512_storeu_si512(pairs + key / 2 * lanes + l, round_pairs(d[0], d[1]));
                 }
         });
-        multiply({probabilities, lanes, dout_pairs, dim_v, dv + from * dim_v, dim_v, n, dim_v, lanes, true, &ahead});
+        multiply({probabilities, lanes, dout_pairs, dim_v, dv + from * dim_v, dim_v, n, dim_v, lanes, true,
+                  &ahead});
         multiply({dscores, lanes, query_pairs, dim, dk + from * dim, dim, n, dim, lanes, true, &ahead});
     }
 
@@ -316,8 +320,8 @@ class Backward {
         dq_rows = c.take<E*>(lanes);
         dq = c.take<T>(lanes * Gradients::dq_width(p));
         factor = c.take<T>(lanes);
-        ahead.carve(c, (keys + lanes) *
-                           (ahead.lines_of(p.dim * sizeof(E)) + ahead.lines_of(p.dim_v * sizeof(E))));
+        ahead.carve(
+            c, (keys + lanes) * (ahead.lines_of(p.dim * sizeof(E)) + ahead.lines_of(p.dim_v * sizeof(E))));
         cells.p = &p;
         cells.lse = c.take<T>(lanes), cells.delta = c.take<T>(lanes);
         cells.lanes.carve(c, lanes);

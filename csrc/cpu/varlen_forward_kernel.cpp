@@ -174,8 +174,8 @@ class TileProducts {
     void scores(const Strip<float>& strip, const Segment& s, int64_t from) const {
         const int64_t depth = round_up(p.dim, kTileDepth), at = s.begin - from, lane = s.vec_begin * kTile;
         multiply({keys + at * depth, depth, static_cast<const uint32_t*>(strip.queries) + lane, strip.width,
-                  strip.scores + at * strip.width + lane, strip.width, s.end - s.begin, strip.width - lane, depth,
-                  false, &ahead});
+                  strip.scores + at * strip.width + lane, strip.width, s.end - s.begin, strip.width - lane,
+                  depth, false, &ahead});
     }
 
     template <int n>
@@ -198,7 +198,8 @@ class TileProducts {
             std::memset(to, 0, n * kTile * sizeof(uint32_t));
     }
 
-    void outputs(const Strip<float>& strip, const Segment* segments, int count, int64_t from, int vecs) const {
+    void outputs(const Strip<float>& strip, const Segment* segments, int count, int64_t from,
+                 int vecs) const {
         bool same = true;
         for (int v = 0; v < vecs; ++v)
             same &= _mm512_cmpeq_ps_mask((__m512)load(strip.factor + v * kTile), _mm512_set1_ps(1)) == 0xffff;
@@ -206,9 +207,9 @@ class TileProducts {
         for (int i = 0; i < count; ++i) {
             const Segment& s = segments[i];
             const int64_t at = s.begin - from, lane = s.vec_begin * kTile;
-            multiply({values + at, kTileKeys, pairs + at / 2 * strip.width + lane, strip.width, strip.out + lane,
-                      strip.width, out_width(p), strip.width - lane, round_up(s.end - s.begin, kTileDepth), true,
-                      &ahead});
+            multiply({values + at, kTileKeys, pairs + at / 2 * strip.width + lane, strip.width,
+                      strip.out + lane, strip.width, out_width(p), strip.width - lane,
+                      round_up(s.end - s.begin, kTileDepth), true, &ahead});
         }
     }
 
@@ -229,7 +230,8 @@ class Forward {
     static constexpr int64_t kStripRows = kStripVecs * kLanes<T>;
     static_assert(kSharingRows % kStripRows == 0);
 
-    Forward(const VarlenParams& params, const ForwardItem& item) : p(params), item(item), products(params, ahead) {
+    Forward(const VarlenParams& params, const ForwardItem& item)
+        : p(params), item(item), products(params, ahead) {
         const int32_t* tile = p.tiles + 3 * item.tile;
         sequence = tile[0];
         group = p.heads / p.kv_heads;
@@ -253,7 +255,8 @@ class Forward {
         expect(row_begin, block_end(row_begin));
         ahead.rush();
         for (; kv_head < item.kv_head + item.kv_heads; ++kv_head)
-            for (int64_t row = row_begin; row < row_end; row += kSharingRows) block(row, block_end(row) - row);
+            for (int64_t row = row_begin; row < row_end; row += kSharingRows)
+                block(row, block_end(row) - row);
     }
 
   private:
@@ -287,8 +290,8 @@ class Forward {
         lse_of_row = c.take<T*>(rows);
         lanes.carve(c, rows);
         products.carve(c);
-        ahead.carve(c, (rows + kTileKeys) * (ahead.lines_of(p.dim * sizeof(E)) +
-                                             ahead.lines_of(p.dim_v * sizeof(E))));
+        ahead.carve(c, (rows + kTileKeys) *
+                           (ahead.lines_of(p.dim * sizeof(E)) + ahead.lines_of(p.dim_v * sizeof(E))));
     }
 
     const E* key_row(const Packed& x, int64_t page_stride, int64_t key) const {
@@ -314,7 +317,8 @@ class Forward {
     GAPLESS_INLINE void each_row(const Packed& x, int64_t row, int64_t end, const F& f) const {
         int64_t token = first_token + map.query(row), member = row % group;
         for (int64_t i = 0; i < end - row; ++i) {
-            f(i, static_cast<X*>(x.data) + token * x.token_stride + (kv_head * group + member) * x.head_stride);
+            f(i,
+              static_cast<X*>(x.data) + token * x.token_stride + (kv_head * group + member) * x.head_stride);
             if (++member == group) member = 0, ++token;
         }
     }
@@ -485,8 +489,8 @@ class Forward {
 
     void keep_partial(int64_t row, int64_t at, int64_t rows) const {
         const int64_t width = padded<T>(rows), stride = p.dim_v + 2;
-        T* to = static_cast<T*>(item.partial) +
-                (kv_head - item.kv_head) * item.partial_stride + (row + at - row_begin) * stride;
+        T* to = static_cast<T*>(item.partial) + (kv_head - item.kv_head) * item.partial_stride +
+                (row + at - row_begin) * stride;
         for (int64_t i = 0; i < rows; ++i, to += stride) {
             for (int64_t d = 0; d < p.dim_v; ++d) to[d] = out[at * Products::out_width(p) + d * width + i];
             to[p.dim_v] = top[at + i], to[p.dim_v + 1] = sum[at + i];

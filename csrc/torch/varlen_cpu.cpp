@@ -46,8 +46,8 @@ struct Call {
                       dim_v = v.size(key_dims - 1);
         STD_TORCH_CHECK(k.size(key_dims - 1) == dim, "k has head dim ", k.size(key_dims - 1), ", q has ",
                         dim);
-        STD_TORCH_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "q has ", heads, " heads, k has ",
-                        kv_heads);
+        STD_TORCH_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && heads <= INT32_MAX, "q has ",
+                        heads, " heads, k has ", kv_heads);
         STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim && dim_v >= 1 && dim_v <= kMaxDim, "head dims are ", dim,
                         " and ", dim_v, ": they have to be from 1 to ", kMaxDim);
         STD_TORCH_CHECK(plan.size() == 4, "plan has ", plan.size(), " tensors: it has to have 4");
@@ -81,7 +81,8 @@ struct Call {
             p.block_table = keep(checked(*block_table, "block_table", ScalarType::Int, {batch, -1}));
             p.max_pages = block_table->size(1);
             p.page_size = k.size(1);
-            STD_TORCH_CHECK(p.page_size > 0, "pages have to hold at least one key");
+            STD_TORCH_CHECK(p.page_size > 0 && p.page_size <= INT32_MAX, "pages hold ", p.page_size,
+                            " keys: they have to hold from 1 to 2^31 - 1");
             p.k_page_stride = k.stride(0), p.v_page_stride = v.stride(0);
             sizes.pages = k.size(0);
         }
@@ -99,9 +100,8 @@ struct Call {
             STD_TORCH_CHECK(sinks_in->size(0) == heads, "sinks has ", sinks_in->size(0),
                             " entries: it has to have ", heads);
             dtype_of(*sinks_in, "sinks");
-            const Tensor wide = torch::stable::to(*sinks_in, ScalarType::Double);
-            const double* values =
-                static_cast<const double*>(torch::stable::contiguous(wide).const_data_ptr());
+            const Tensor wide = torch::stable::contiguous(torch::stable::to(*sinks_in, ScalarType::Double));
+            const double* values = static_cast<const double*>(wide.const_data_ptr());
             sinks.assign(values, values + heads);
             p.sinks = sinks.data();
         }
@@ -111,12 +111,18 @@ struct Call {
 
 Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
     const std::vector<int64_t> sizes(shape);
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t i = sizes.size(); --i > 0;) strides[i - 1] = strides[i] * sizes[i];
-    const int64_t numel = strides[0] * sizes[0];
-    const size_t bytes = size_t(numel) * (type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2);
-    if (bytes < cpu::kRecycled) return torch::stable::new_empty(like, sizes, type);
-    return torch::stable::from_blob(cpu::take(bytes), sizes, strides, like.device(), type, cpu::give_back);
+    std::vector<int64_t> strides(sizes.size());
+    int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2, numel = 1;
+    bool overflow = false;
+    for (size_t i = sizes.size(); i-- > 0;) {
+        strides[i] = numel;
+        overflow |= __builtin_mul_overflow(numel, sizes[i], &numel);
+    }
+    overflow |= __builtin_mul_overflow(bytes, numel, &bytes);
+    // torch's own allocator says what is wrong with a size that no memory could hold.
+    if (overflow || bytes < int64_t(cpu::kRecycled)) return torch::stable::new_empty(like, sizes, type);
+    return torch::stable::from_blob(cpu::take(size_t(bytes)), sizes, strides, like.device(), type,
+                                    cpu::give_back);
 }
 
 cpu::Threads torch_threads() {
