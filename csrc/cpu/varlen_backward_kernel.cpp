@@ -327,7 +327,7 @@ class Backward {
         cells.lanes.carve(c, lanes);
     }
 
-    int64_t last_block() const { return (rows - 1) / kBlockRows * kBlockRows; }
+    int64_t last_block() const { return (rows + kBlockRows - 1) / kBlockRows * kBlockRows - kBlockRows; }
 
     /// Asks for the keys, and for the rows that are the first to meet them.
     void expect(Ahead& ahead) const {
