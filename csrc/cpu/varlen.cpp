@@ -18,6 +18,7 @@ namespace {
 // A tile of few rows over many keys is cut along its keys, so that one long sequence still feeds every
 // thread. The limits are part of the result's bits and so depend on nothing but the tile.
 constexpr int64_t kSplitRows = 64, kSplitKeys = 1024;
+constexpr int64_t kFewProducts = 1 << 16;
 
 void check(bool fine, const char* what, int64_t at, int64_t value, const std::string& wanted) {
     if (!fine)
@@ -103,7 +104,7 @@ void check_varlen(const VarlenParams& p, const VarlenSizes& n) {
     check_tiles(n.key_tiles, "key_tiles", n.key_tile_count, n.batch, p.cu_seqlens_k);
 }
 
-void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threads& threads) {
+void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threads& all_threads) {
     struct Part {
         int32_t tile, begin, end;
         int64_t partial;  // offset in rows for kv head 0, or -1
@@ -116,12 +117,13 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threa
     std::vector<Merge> merges;
     parts.reserve(sizes.query_tile_count);
     const int64_t group = p.heads / p.kv_heads;
-    int64_t partial_rows = 0;
+    int64_t partial_rows = 0, cells = 0;
     for (int64_t t = 0; t < sizes.query_tile_count; ++t) {
         const int32_t* tile = p.tiles + 3 * t;
         if (tile[0] < 0 || tile[1] == tile[2]) continue;
         const auto [begin, end] = tile_keys(p, tile);
         const int64_t rows = (tile[2] - tile[1]) * group, count = (end - begin + kSplitKeys - 1) / kSplitKeys;
+        cells += rows * (end - begin);
         if (rows > kSplitRows || count < 2) {
             parts.push_back({int32_t(t), 0, int32_t(end), -1});
             continue;
@@ -142,6 +144,9 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threa
         return partials.get() + (kv_head * partial_rows + row) * row_bytes;
     };
     const Kernels& k = kernels();
+    // Waking a thread takes longer than so little work.
+    const Threads threads =
+        cells * p.kv_heads * (p.dim + p.dim_v) < kFewProducts ? Threads{1, [](const auto& f) { f(); }} : all_threads;
     const int64_t together = heads_together(int64_t(parts.size()), p.kv_heads, threads),
                   groups = (p.kv_heads + together - 1) / together;
     in_order(int64_t(parts.size()) * groups, threads, [&](int64_t i) {

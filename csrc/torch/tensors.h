@@ -53,7 +53,7 @@ inline Tensor checked(const Tensor& t, const char* name, ScalarType type,
                         ": it has to be ", size);
         ++i;
     }
-    return torch::stable::contiguous(t);
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 /// The tensor itself if its last stride is 1, a contiguous copy if not.
