@@ -37,18 +37,23 @@ struct Lanes {
     }
 };
 
-/// Scores of key `key` against one vector of rows, from their scaled dot products. `*tangent` is tanh, if
-/// there is a cap.
+/// Scores from scaled dot products. `*tangent` is tanh, if there is a cap.
 template <class T>
-GAPLESS_INLINE Vec<T> modify_score(Vec<T> s, const Lanes<T>& lanes, int64_t lane, int64_t key, T cap,
-                                   Vec<T>* tangent) {
+GAPLESS_INLINE Vec<T> modify_score(Vec<T> s, Vec<T> slope, Vec<T> distance, T cap, Vec<T>* tangent) {
     if (cap > 0) {
         *tangent = vtanh(s);
         s = *tangent * cap;
     }
-    const Vec<T> distance =
-        __builtin_convertvector(load(lanes.position + lane) - typename Lanes<T>::I(key), Vec<T>);
-    return s - load(lanes.slope + lane) * (distance < 0 ? -distance : distance);
+    return s - slope * (distance < 0 ? -distance : distance);
+}
+
+/// Those of key `key` against one vector of rows.
+template <class T>
+GAPLESS_INLINE Vec<T> modify_score(Vec<T> s, const Lanes<T>& lanes, int64_t lane, int64_t key, T cap,
+                                   Vec<T>* tangent) {
+    const auto distance = load(lanes.position + lane) - typename Lanes<T>::I(key);
+    return modify_score<T>(s, load(lanes.slope + lane), __builtin_convertvector(distance, Vec<T>), cap,
+                           tangent);
 }
 
 template <class T>

@@ -145,8 +145,9 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threa
     };
     const Kernels& k = kernels();
     // Waking a thread takes longer than so little work.
-    const Threads threads =
-        cells * p.kv_heads * (p.dim + p.dim_v) < kFewProducts ? Threads{1, [](const auto& f) { f(); }} : all_threads;
+    const Threads threads = cells * p.kv_heads * (p.dim + p.dim_v) < kFewProducts
+                                ? Threads{1, [](const auto& f) { f(); }}
+                                : all_threads;
     const int64_t together = heads_together(int64_t(parts.size()), p.kv_heads, threads),
                   groups = (p.kv_heads + together - 1) / together;
     in_order(int64_t(parts.size()) * groups, threads, [&](int64_t i) {

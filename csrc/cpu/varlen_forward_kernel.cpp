@@ -3,8 +3,10 @@
 // values are read as they lie in memory, one scalar at a time, softmax needs no horizontal operation, and a
 // mask is a comparison of lanes. Online softmax as in FlashAttention-2 (arXiv:2307.08691).
 #include "csrc/cpu/amx_tiles.h"
+#include "csrc/cpu/few_rows.h"
 #include "csrc/cpu/gemm_tiles.h"
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/key_rows.h"
 #include "csrc/cpu/scores.h"
 #include "csrc/cpu/scratch.h"
 
@@ -231,16 +233,12 @@ class Forward {
     static_assert(kSharingRows % kStripRows == 0);
 
     Forward(const VarlenParams& params, const ForwardItem& item)
-        : p(params), item(item), products(params, ahead) {
+        : p(params), item(item), keys(params, params.tiles[3 * item.tile]), products(params, ahead) {
         const int32_t* tile = p.tiles + 3 * item.tile;
-        sequence = tile[0];
         group = p.heads / p.kv_heads;
-        const int32_t* cu_q = p.cu_seqlens_q + sequence;
-        const int32_t* cu_k = p.cu_seqlens_k + sequence;
+        const int32_t* cu_q = p.cu_seqlens_q + tile[0];
         first_token = cu_q[0];
-        first_key = cu_k[0];
-        map = {group, cu_q[1] - cu_q[0], p.seqused_k ? p.seqused_k[sequence] : cu_k[1] - cu_k[0], p.left,
-               p.right};
+        map = {group, cu_q[1] - cu_q[0], keys.length, p.left, p.right};
         row_begin = tile[1] * group, row_end = tile[2] * group;
         rewritten = p.softcap > 0 || p.alibi_slopes || !(p.scale > 0);
     }
@@ -262,9 +260,10 @@ class Forward {
   private:
     const VarlenParams& p;
     const ForwardItem& item;
+    const KeyRows<E> keys;
     Ahead ahead;
     Products products;
-    int64_t kv_head, sequence, group, first_token, first_key, row_begin, row_end;
+    int64_t kv_head, group, first_token, row_begin, row_end;
     RowMap map;
     bool rewritten;  // scores are more than the dot product times a positive factor
 
@@ -294,18 +293,9 @@ class Forward {
                            (ahead.lines_of(p.dim * sizeof(E)) + ahead.lines_of(p.dim_v * sizeof(E))));
     }
 
-    const E* key_row(const Packed& x, int64_t page_stride, int64_t key) const {
-        const E* base = static_cast<const E*>(x.data) + kv_head * x.head_stride;
-        if (!p.block_table) return base + (first_key + key) * x.token_stride;
-        const int64_t page = p.block_table[sequence * p.max_pages + key / p.page_size];
-        return base + page * page_stride + key % p.page_size * x.token_stride;
-    }
-
     void locate(int64_t from, int64_t to) const {
-        for (int64_t key = from; key < to; ++key) {
-            key_rows[key - from] = key_row(p.k, p.k_page_stride, key);
-            value_rows[key - from] = key_row(p.v, p.v_page_stride, key);
-        }
+        for (int64_t key = from; key < to; ++key)
+            key_rows[key - from] = keys.key(kv_head, key), value_rows[key - from] = keys.value(kv_head, key);
     }
 
     int64_t block_end(int64_t row) const { return least(row_end, row + kSharingRows); }
@@ -332,8 +322,8 @@ class Forward {
     }
     void expect_keys(int64_t from, int64_t to) {
         for (int64_t key = from; key < to; ++key) {
-            ahead.add(key_row(p.k, p.k_page_stride, key), p.dim * int64_t(sizeof(E)));
-            ahead.add(key_row(p.v, p.v_page_stride, key), p.dim_v * int64_t(sizeof(E)));
+            ahead.add(keys.key(kv_head, key), p.dim * int64_t(sizeof(E)));
+            ahead.add(keys.value(kv_head, key), p.dim_v * int64_t(sizeof(E)));
         }
     }
     /// Asks for what is needed after the last tile: where results go, and the next block.
@@ -349,7 +339,7 @@ class Forward {
 
     void block(int64_t row, int64_t rows) {
         const int64_t begin = keys_begin(row), end = keys_end(row + rows);
-        lanes.fill(p, map, sequence, kv_head, row, rows, padded<T>(rows));
+        lanes.fill(p, map, keys.sequence, kv_head, row, rows, padded<T>(rows));
         start(row, rows);
         for (int64_t from = begin; from < end; from += kTileKeys) {
             const int64_t to = least(end, from + kTileKeys);
@@ -501,28 +491,13 @@ class Forward {
 }  // namespace
 
 void varlen_forward(const VarlenParams& p, const ForwardItem& item) {
+    const int32_t* tile = p.tiles + 3 * item.tile;
+    if ((tile[2] - tile[1]) * (p.heads / p.kv_heads) <= kFewRows)
+        return by_dtype(p.dtype, [&]<class E>() { FewRows<E>(p, item).run(); });
 #if defined(__AMX_BF16__)
     if (p.dtype == DType::kBFloat16) return Forward<bf16, TileProducts>(p, item).run();
 #endif
     by_dtype(p.dtype, [&]<class E>() { Forward<E, VectorProducts<E>>(p, item).run(); });
-}
-
-/// One row of a tile from its parts, in their order.
-template <class E, class T = typename Compute<E>::type>
-void merge_row(const VarlenParams& p, const T* part, int64_t parts, int64_t stride, E* out, T* lse) {
-    T top = -kInfinity<T>;
-    for (int64_t i = 0; i < parts; ++i)
-        top = part[i * stride + p.dim_v] > top ? part[i * stride + p.dim_v] : top;
-    const T base = top == -kInfinity<T> ? T(0) : top;
-    T sum = 0;
-    T row[256] = {};
-    for (int64_t i = 0; i < parts; ++i, part += stride) {
-        const T weight = vexp(splat(part[p.dim_v] - base))[0];
-        sum += part[p.dim_v + 1] * weight;
-        for (int64_t d = 0; d < p.dim_v; ++d) row[d] += part[d] * weight;
-    }
-    for (int64_t d = 0; d < p.dim_v; ++d) narrow(sum == T(0) ? T(0) : row[d] / sum, out + d);
-    *lse = sum == T(0) ? -kInfinity<T> : top + vlog(splat(sum))[0];
 }
 
 void varlen_merge(const VarlenParams& p, const MergeItem& item) {
@@ -530,13 +505,9 @@ void varlen_merge(const VarlenParams& p, const MergeItem& item) {
         using T = typename Compute<E>::type;
         const int32_t* tile = p.tiles + 3 * item.tile;
         const int64_t group = p.heads / p.kv_heads, rows = (tile[2] - tile[1]) * group, width = p.dim_v + 2;
-        for (int64_t row = 0; row < rows; ++row) {
-            const int64_t token = p.cu_seqlens_q[tile[0]] + tile[1] + row / group,
-                          head = item.kv_head * group + row % group;
+        for (int64_t row = 0; row < rows; ++row)
             merge_row<E>(p, static_cast<const T*>(item.partials) + row * width, item.parts, rows * width,
-                         static_cast<E*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride,
-                         static_cast<T*>(p.lse) + head * p.total_q + token);
-        }
+                         p.cu_seqlens_q[tile[0]] + tile[1] + row / group, item.kv_head * group + row % group);
     });
 }
 
