@@ -610,6 +610,18 @@ def test_order_and_company_of_sequences_do_not_matter(name: str, dtype: torch.dt
         assert identical(got[:5], rearranged(whole, index_q, index_k)), order
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_thread_that_takes_several_heads_gives_the_same_bits(dtype: torch.dtype, threads):
+    """Of many tiles a thread takes all heads at once, and asks for the next head's memory meanwhile."""
+    threads(1)
+    lengths = [(7 * i) % 90 for i in range(40)]
+    batch = make_batch(lengths, heads=8, kv_heads=4, dim=40, dtype=dtype)
+    whole = attend(native, batch, causal=True)
+    for i in (0, 1, 13, 39):
+        part, index_q, index_k = take(batch, [i], lengths, lengths)
+        assert identical(attend(native, part, causal=True)[:5], rearranged(whole, index_q, index_k))
+
+
 # Plans.
 
 

@@ -4,13 +4,18 @@
 // 32 bits. All sizes are padded to whole tiles, with zeros along the sum.
 #pragma once
 
-#if defined(__AMX_BF16__)
-
 #include "csrc/cpu/ahead.h"
 #include "csrc/cpu/panels.h"
 
 namespace gapless::cpu::GAPLESS_ISA {
 namespace {
+
+/// What products without tile registers take hold of.
+struct NoTiles {
+    NoTiles() {}
+};
+
+#if defined(__AMX_BF16__)
 
 constexpr int64_t kTile = 16, kTileDepth = 32;
 
@@ -174,7 +179,7 @@ GAPLESS_INLINE __m512i round_pairs(Vec<float> even, Vec<float> odd) {
                                      0xf8);  // low | (high & mask)
 }
 
+#endif
+
 }  // namespace
 }  // namespace gapless::cpu::GAPLESS_ISA
-
-#endif

@@ -64,6 +64,7 @@ template <class E>
 class VectorGradients {
   public:
     using T = typename Compute<E>::type;
+    using Registers = NoTiles;
     static constexpr int kVecs = kBlockRows / kLanes<T>;
     using View = StripView<T, kVecs>;
 
@@ -168,6 +169,7 @@ class VectorGradients {
 class TileGradients {
   public:
     using T = float;
+    using Registers = Tiles;
     using View = StripView<float, kBlockRows / kTile>;
 
     TileGradients(const VarlenParams& p, Ahead& ahead)
@@ -251,7 +253,6 @@ class TileGradients {
     const VarlenParams& p;
     Ahead& ahead;
     const int64_t dim, dim_v, depth, depth_v;  // widths of results, and of sums
-    const Tiles tiles;
     int64_t padded_keys;
     bf16 *k, *v, *k_columns, *probabilities, *dscores;
     float *dk, *dv, *scores, *gradients;
@@ -277,6 +278,7 @@ class Backward {
     }
 
     void run(const BackwardItem* next) {
+        const typename Gradients::Registers registers;
         Carver sizes(nullptr);
         carve(sizes);
         Carver memory(scratch(sizes.used()));

@@ -33,6 +33,7 @@ template <class E>
 class VectorProducts {
   public:
     using T = typename Compute<E>::type;
+    using Registers = NoTiles;
 
     static constexpr int kStripVecs = kMaxVecs;
 
@@ -137,6 +138,7 @@ class VectorProducts {
 class TileProducts {
   public:
     using T = float;
+    using Registers = Tiles;
 
     static constexpr int kStripVecs = 4;  // two pairs of tiles
 
@@ -218,7 +220,6 @@ class TileProducts {
   private:
     const VarlenParams& p;
     Ahead& ahead;
-    const Tiles tiles;
     bf16 *keys, *values;  // [keys][dim], [dim_v][keys]
     uint32_t* pairs;
 };
@@ -244,6 +245,7 @@ class Forward {
     }
 
     void run() {
+        const typename Products::Registers registers;
         Carver sizes(nullptr);
         carve(sizes);
         Carver memory(scratch(sizes.used()));
