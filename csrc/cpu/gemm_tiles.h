@@ -103,5 +103,19 @@ void gemm(const Gemm<T>& g, int64_t rows, int64_t vecs) {
     }
 }
 
+/// The same with the sum cut into runs of `longest` terms: one long chain of additions would lose bits.
+template <Init kInit, class T>
+void gemm_in_runs(Gemm<T> g, int64_t longest, int64_t rows, int64_t vecs) {
+    const int64_t depth = g.depth;
+    for (int64_t k = 0; k < depth; k += longest) {
+        g.depth = depth - k < longest ? depth - k : longest;
+        if (k == 0)
+            gemm<kInit>(g, rows, vecs);
+        else
+            gemm<Init::kAdd>(g, rows, vecs);
+        g.a += g.a_col * g.depth, g.b += g.b_row * g.depth;
+    }
+}
+
 }  // namespace
 }  // namespace gapless::cpu::GAPLESS_ISA

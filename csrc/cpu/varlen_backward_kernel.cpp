@@ -16,6 +16,7 @@ namespace gapless::cpu::GAPLESS_ISA {
 namespace {
 
 constexpr int64_t kStepKeys = 64;  // keys whose probabilities are in flight at once
+constexpr int64_t kDotRun = 32, kRowRun = 64;  // terms that are added up before they join a sum
 #if defined(__AVX512F__)
 constexpr int64_t kBlockRows = 128;
 #elif defined(__AVX2__)
@@ -117,9 +118,9 @@ class VectorGradients {
             gemm<Init::kZero, T>(
                 {k + at * dim, dim, 1, query_panel + lane, lanes, ps, lanes, p.dim, nullptr, &ahead}, n,
                 vecs);
-            gemm<Init::kZero, T>(
-                {v + at * dim_v, dim_v, 1, dout_panel + lane, lanes, ds, lanes, p.dim_v, nullptr, &ahead}, n,
-                vecs);
+            gemm_in_runs<Init::kZero, T>(
+                {v + at * dim_v, dim_v, 1, dout_panel + lane, lanes, ds, lanes, p.dim_v, nullptr, &ahead},
+                kDotRun, n, vecs);
             cells.by_kind(s.partial, [&]<bool kScored, bool kMasked>() {
                 for (int64_t key = 0; key < n; ++key)
                     for (int64_t l = 0; l < depth; l += kLanes<T>) {
@@ -129,12 +130,12 @@ class VectorGradients {
                         store(ds + key * lanes + l, d);
                     }
             });
-            gemm<Init::kAdd, T>({ps, lanes, 1, dout_rows + lane * dim_v, dim_v, dv + at * dim_v, dim_v, depth,
-                                 nullptr, &ahead},
-                                n, dim_v / kLanes<T>);
-            gemm<Init::kAdd, T>(
-                {ds, lanes, 1, query_rows + lane * dim, dim, dk + at * dim, dim, depth, nullptr, &ahead}, n,
-                dim / kLanes<T>);
+            gemm_in_runs<Init::kAdd, T>({ps, lanes, 1, dout_rows + lane * dim_v, dim_v, dv + at * dim_v,
+                                         dim_v, depth, nullptr, &ahead},
+                                        kRowRun, n, dim_v / kLanes<T>);
+            gemm_in_runs<Init::kAdd, T>({ds, lanes, 1, query_rows + lane * dim, dim, dk + at * dim, dim, depth,
+                                         nullptr, &ahead},
+                                        kRowRun, n, dim / kLanes<T>);
         }
     }
 
@@ -471,7 +472,12 @@ void varlen_delta(const VarlenBackwardParams& b, int64_t begin, int64_t end) {
                 transpose_rows(out, count, p.dim_v, T(1), outs, w);
                 transpose_rows(dout, count, p.dim_v, T(1), douts, w);
                 Vec<T> sum = {};
-                for (int64_t d = 0; d < p.dim_v; ++d) sum += load(outs + d * w) * load(douts + d * w);
+                for (int64_t d = 0; d < p.dim_v;) {
+                    Vec<T> run = {};
+                    for (const int64_t end = least(p.dim_v, d + kDotRun); d < end; ++d)
+                        run += load(outs + d * w) * load(douts + d * w);
+                    sum += run;
+                }
                 for (int64_t i = 0; i < count; ++i) {
                     const int64_t at = head * p.total_q + token + i;
                     static_cast<T*>(b.delta)[at] =
