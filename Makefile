@@ -47,15 +47,22 @@ wheel: $(VENV)/.torch
 	rm -rf build/lib.* build/bdist.* dist
 	$(PIP) wheel --no-build-isolation --no-deps -w dist .
 
-# Everything that crosses into C++ once more, under the address and undefined-behaviour sanitizers.
+# Everything that crosses into C++ once more, under the address and undefined-behaviour sanitizers: arguments at random
+# on the kernels of each ISA in turn. EXAMPLES=1000 looks longer. Reports go past pytest's capture.
+EXAMPLES ?= 100
+ISAS ?= baseline avx2 avx512 amx
 asan: $(VENV)/.dev
 	rm -rf build/lib.* build/bdist.* build/asan-site
 	GAPLESS_SANITIZE=ON GAPLESS_BUILD_TYPE=RelWithDebInfo CMAKE_ARGS=-DGAPLESS_TESTS=ON \
 	$(PIP) install --no-build-isolation --no-deps --target build/asan-site .
 	ctest --test-dir $$(echo build/cmake-*-asan) --output-on-failure
+	failed=; for isa in $(ISAS); do \
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/asan-site \
-	python -m pytest $(or $(ARGS),$(wildcard tests/test_plan*.py tests/test_fuzz*.py))
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc PYTHONPATH=build/asan-site \
+	GAPLESS_KEEP_MIB=0 GAPLESS_ISA=$$isa GAPLESS_FUZZ_EXAMPLES=$(EXAMPLES) \
+	python -m pytest --capture=sys $(or $(ARGS),-q tests/test_plan_varlen.py tests/test_fuzz.py \
+	tests/test_varlen_errors.py tests/test_varlen_attention.py) || failed+=" $$isa"; \
+	done; test -z "$$failed" || { echo "failed on$$failed" >&2; exit 1; }
 
 clean:
 	rm -rf build dist report *.egg-info pytorch_ext/*.so
