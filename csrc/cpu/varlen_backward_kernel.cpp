@@ -15,7 +15,7 @@
 namespace gapless::cpu::GAPLESS_ISA {
 namespace {
 
-constexpr int64_t kStepKeys = 64;  // keys whose probabilities are in flight at once
+constexpr int64_t kStepKeys = 64;              // keys whose probabilities are in flight at once
 constexpr int64_t kDotRun = 32, kRowRun = 64;  // terms that are added up before they join a sum
 #if defined(__AVX512F__)
 constexpr int64_t kBlockRows = 128;
@@ -133,9 +133,9 @@ class VectorGradients {
             gemm_in_runs<Init::kAdd, T>({ps, lanes, 1, dout_rows + lane * dim_v, dim_v, dv + at * dim_v,
                                          dim_v, depth, nullptr, &ahead},
                                         kRowRun, n, dim_v / kLanes<T>);
-            gemm_in_runs<Init::kAdd, T>({ds, lanes, 1, query_rows + lane * dim, dim, dk + at * dim, dim, depth,
-                                         nullptr, &ahead},
-                                        kRowRun, n, dim / kLanes<T>);
+            gemm_in_runs<Init::kAdd, T>(
+                {ds, lanes, 1, query_rows + lane * dim, dim, dk + at * dim, dim, depth, nullptr, &ahead},
+                kRowRun, n, dim / kLanes<T>);
         }
     }
 
