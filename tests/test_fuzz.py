@@ -33,8 +33,9 @@ from gapless.testing import (
 from gapless.testing.paging import ABSURD_PAGE
 
 fuzz = settings(
-    max_examples=int(os.environ.get("GAPLESS_FUZZ_EXAMPLES") or 25),
+    max_examples=int(os.environ.get("GAPLESS_FUZZ_EXAMPLES") or 12),
     phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+    deadline=None,
 )
 INT32_MAX = 2**31 - 1
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -176,8 +177,13 @@ def spoil_dtype(draw: st.DrawFn, call: Call) -> None:
 def spoil_lengths(draw: st.DrawFn, call: Call) -> None:
     index = draw(st.integers(0, 1))
     cu = call["plan"][index].tolist()
-    if draw(st.booleans()):
+    kind = draw(st.sampled_from(["number", "end", "longer", "any"]))
+    if kind == "number":
         cu[draw(st.integers(0, len(cu) - 1))] = draw(numbers)
+    elif kind == "end":
+        cu[-1] += draw(st.sampled_from([-1, 1, 1000]))
+    elif kind == "longer":
+        cu = [*cu, cu[-1]]
     else:
         cu = draw(st.lists(numbers, max_size=5))
     call["plan"][index] = ints(cu)
@@ -222,14 +228,15 @@ def spoil_plan(draw: st.DrawFn, call: Call) -> None:
 
 
 def spoil_pages(draw: st.DrawFn, call: Call) -> None:
-    name = draw(
-        st.sampled_from([n for n in ("seqused_k", "block_table") if call.get(n) is not None] or ["window"])
-    )
-    if name == "window":
-        return spoil_options(draw, call)
-    x = call[name].clone(memory_format=torch.contiguous_format)
+    name = draw(st.sampled_from(["seqused_k", "block_table"]))
+    if call.get(name) is None:
+        return
+    x, k, table = call[name].clone(), call["k"], call["block_table"]
+    room = k.shape[0] if table is None else table.shape[1] * k.shape[1]
+    limits = [k.shape[0] - 1, k.shape[0], room, room + 1]
     for _ in range(draw(st.integers(1, 3)) if x.numel() else 0):
-        x.view(-1)[draw(st.integers(0, x.numel() - 1))] = draw(numbers)
+        number = draw(st.one_of(numbers, st.sampled_from(limits)))
+        x.view(-1)[draw(st.integers(0, x.numel() - 1))] = max(-(2**31), min(number, INT32_MAX))
     call[name] = x
 
 
@@ -272,12 +279,23 @@ SPOILERS = [
 ]  # fmt: skip
 
 
-def spoil_some(draw: st.DrawFn, spoilers: list[Callable], call: Call) -> int:
-    """Apply none, one or two, in the order of the list; returns how many."""
-    chosen = sorted(draw(st.lists(st.integers(0, len(spoilers) - 1), max_size=2, unique=True)))
-    for i in chosen:
-        spoilers[i](draw, call)
-    return len(chosen)
+def nothing(draw: st.DrawFn, call: Call) -> None:
+    """Valid calls have to be taken."""
+
+
+def spoil_twice(draw: st.DrawFn, spoilers: list[Callable], first: Callable, call: Call) -> None:
+    """Apply the first one and, at times, another one, in the order of the list."""
+    other = draw(st.sampled_from([first, first, *spoilers])) if first is not nothing else first
+    for spoil in spoilers:
+        if spoil in (first, other):
+            spoil(draw, call)
+
+
+by_direction = pytest.mark.parametrize("direction", ["fwd", "paged", "bwd"])
+
+
+def by_spoiler(spoilers: list[Callable]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("spoil", [nothing, *spoilers], ids=lambda x: x.__name__)
 
 
 # The raw operators' contract, said a second time.
@@ -472,16 +490,18 @@ def check_backward(
     assert dsinks.isfinite().all()
 
 
+@by_direction
+@by_spoiler(SPOILERS)
 @fuzz
-@given(st.data(), st.sampled_from(["fwd", "paged", "bwd"]))
-def test_raw_operators(data: st.DataObject, direction: str):
+@given(data=st.data())
+def test_raw_operators(data: st.DataObject, spoil: Callable, direction: str):
     """A right result for what they have to take, an exception for the rest, and never a crash."""
     call = data.draw(valid_calls(direction))
     saved = {
         name: call.get(name)
         for name in ("q", "k", "v", "out", "lse", "score", "window", "sinks", "alibi_slopes")
     }
-    spoil_some(data.draw, SPOILERS, call)
+    spoil_twice(data.draw, SPOILERS, spoil, call)
     op = _native.varlen_attention_bwd if direction == "bwd" else _native.varlen_attention_fwd
     result = attempt(lambda: op(*call.values()), call, REFUSALS)
     good = acceptable(call)
@@ -528,7 +548,7 @@ def publicly_acceptable(call: Call) -> bool:
             return False
         if not good_lengths(cu.tolist(), x.shape[0]):
             return False
-    if len(call["window"]) != 2 or len(call["score"]) != 2 or min(call["window"]) < -1:
+    if len(call["window"]) != 2 or min(call["window"]) < -1:
         return False
     if not all(map(math.isfinite, call["score"])) or call["score"][1] < 0:
         return False
@@ -541,26 +561,29 @@ def publicly_acceptable(call: Call) -> bool:
     return acceptable(call | {"plan": [cu_q.int(), cu_k.int(), none, none], "window": window})
 
 
+@by_direction
+@by_spoiler(PUBLIC_SPOILERS)
 @fuzz
-@given(st.data(), st.sampled_from(["fwd", "paged"]), st.booleans(), st.booleans())
-def test_public_function(data: st.DataObject, direction: str, causal: bool, grad: bool):
+@given(data=st.data(), causal=st.booleans())
+def test_public_function(data: st.DataObject, spoil: Callable, direction: str, causal: bool):
     """A right result, or a ValueError or TypeError that says what is wrong."""
-    call = data.draw(valid_calls(direction))
+    grad = direction == "bwd"
+    call = data.draw(valid_calls("fwd" if grad else direction))
+    if grad and data.draw(st.booleans()):
+        call["seqused_k"] = None
     cu_q, cu_k, *_ = call.pop("plan")
     plan = gapless.VarlenPlan.make(cu_q, cu_q if direction == "paged" else cu_k)
     call |= {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
-    spoiled = spoil_some(data.draw, PUBLIC_SPOILERS, call)
+    spoil_twice(data.draw, PUBLIC_SPOILERS, spoil, call)
     names = [n for n in call if n not in ("score", "window")]
-    score = [*call["score"], None][:3]
-    planned = {"plan": plan} if not spoiled and data.draw(st.booleans()) else {}
+    scale, softcap = call["score"] = call["score"][:2]
+    planned = {"plan": plan} if spoil is nothing and data.draw(st.booleans()) else {}
     grad = grad and all(call[n].is_floating_point() or call[n].is_complex() for n in ("q", "k", "v"))
     if grad:
         call |= {name: call[name].detach().requires_grad_() for name in ("q", "k", "v")}
 
     def run() -> Any:
-        options = {"scale": score[0], "softcap": score[1], "window": tuple(call["window"]), "causal": causal}
-        if len(call["score"]) != 2:
-            options["softcap"] = "two numbers"
+        options = {"scale": scale, "softcap": softcap, "window": tuple(call["window"]), "causal": causal}
         return gapless.varlen_attention(**{n: call[n] for n in names}, **options, **planned, return_lse=True)
 
     result = attempt(run, call, (ValueError, TypeError))
