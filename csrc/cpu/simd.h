@@ -112,8 +112,14 @@ GAPLESS_INLINE Vec<float> vexp(Vec<float> x) {
     const Vec<float> shifted =
         x * kLog2eFloat + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
     const Vec<float> whole = shifted - 12582912.0f;
+#if defined(__FMA__) || defined(__aarch64__)
     Vec<float> f = x * kLog2eFloat - whole;
     if constexpr (kDegree > 4) f += x * kLog2eRest;
+#else
+    // A product that is rounded before the subtraction would lose what is wanted: ln 2 in two parts, the first
+    // so short that its product is exact.
+    const Vec<float> f = ((x - whole * 0.693359375f) - whole * -2.12194440e-4f) * kLog2eFloat;
+#endif
     const Vec<float> p = exp2_fraction<kDegree>(f);
 #if defined(__AVX512F__)
     // Lanes below the normal range are kept out of scalef: a subnormal result costs a microcode assist.
