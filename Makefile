@@ -49,7 +49,7 @@ wheel: $(VENV)/.torch
 
 # Everything that crosses into C++ once more, under the address and undefined-behaviour sanitizers: arguments at random
 # on the kernels of each ISA in turn. EXAMPLES=1000 looks longer. Reports go past pytest's capture.
-EXAMPLES ?= 40
+EXAMPLES ?= 20
 ISAS ?= baseline avx2 avx512 amx
 asan: $(VENV)/.dev
 	rm -rf build/lib.* build/bdist.* build/asan-site

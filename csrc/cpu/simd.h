@@ -116,8 +116,8 @@ GAPLESS_INLINE Vec<float> vexp(Vec<float> x) {
     Vec<float> f = x * kLog2eFloat - whole;
     if constexpr (kDegree > 4) f += x * kLog2eRest;
 #else
-    // A product that is rounded before the subtraction would lose what is wanted: ln 2 in two parts, the first
-    // so short that its product is exact.
+    // A product that is rounded before the subtraction would lose what is wanted: ln 2 in two parts, the
+    // first so short that its product is exact.
     const Vec<float> f = ((x - whole * 0.693359375f) - whole * -2.12194440e-4f) * kLog2eFloat;
 #endif
     const Vec<float> p = exp2_fraction<kDegree>(f);
@@ -126,7 +126,7 @@ GAPLESS_INLINE Vec<float> vexp(Vec<float> x) {
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
     return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)whole);
 #else
-    const Vec<float> y = (Vec<float>)((Vec<int32_t>)p + ((Vec<int32_t>)shifted << 23));
+    const Vec<float> y = (Vec<float>)((Vec<uint32_t>)p + ((Vec<uint32_t>)shifted << 23));
     return x < -87.0f ? Vec<float>{} : y;
 #endif
 }
@@ -144,7 +144,7 @@ GAPLESS_INLINE Vec<float> vtanh(Vec<float> x) {
     const Vec<float> shifted = y + 12582912.0f;
     const Vec<float> f = y - (shifted - 12582912.0f);
     const Vec<float> p = expm1_fraction(f);
-    const Vec<float> whole = (Vec<float>)((Vec<int32_t>)splat(1.0f) + ((Vec<int32_t>)shifted << 23));
+    const Vec<float> whole = (Vec<float>)((Vec<uint32_t>)splat(1.0f) + ((Vec<uint32_t>)shifted << 23));
     const Vec<float> expm1 = whole * (p * f) + (whole - 1.0f);
     return expm1 / (expm1 + 2.0f);
 }
