@@ -57,10 +57,7 @@ class FewRows {
     }
 
     void run() {
-        Carver sizes(nullptr);
-        carve(sizes);
-        Carver memory(scratch(sizes.used()));
-        carve(memory);
+        carve_scratch([this](Carver& c) { carve(c); });
         begin = most(item.key_begin, map.begin(row_begin));
         end = least(item.key_end, map.end(row_begin + rows - 1));
         const int32_t last = item.kv_head + item.kv_heads - 1;

@@ -27,12 +27,11 @@ struct Lanes {
               int64_t rows, int64_t lanes) {
         const float* slopes =
             p.alibi_slopes ? p.alibi_slopes + sequence * p.alibi_batch_stride + kv_head * map.group : nullptr;
-        int64_t member = row % map.group, at = map.position(row);
-        for (int64_t i = 0; i < rows; ++i) {
+        map.each(row, row + rows, [&](int64_t i, int64_t query, int64_t member) {
+            const int64_t at = map.position_of(query);
             begin[i] = I(map.begin_at(at)), end[i] = I(map.end_at(at)), position[i] = I(at);
             slope[i] = slopes ? T(slopes[member]) : T(0);
-            if (++member == map.group) member = 0, ++at;
-        }
+        });
         for (int64_t i = rows; i < lanes; ++i) begin[i] = end[i] = position[i] = 0, slope[i] = 0;
     }
 };

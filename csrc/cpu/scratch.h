@@ -30,4 +30,13 @@ class Carver {
     size_t used_ = 0;
 };
 
+/// Lets carve(Carver&) take its pieces of this thread's scratch memory.
+template <class Carve>
+__attribute__((always_inline)) inline void carve_scratch(const Carve& carve) {
+    Carver sizes(nullptr);
+    carve(sizes);
+    Carver memory(scratch(sizes.used()));
+    carve(memory);
+}
+
 }  // namespace gapless::cpu

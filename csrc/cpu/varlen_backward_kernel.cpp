@@ -280,10 +280,7 @@ class Backward {
 
     void run(const BackwardItem* next) {
         const typename Gradients::Registers registers;
-        Carver sizes(nullptr);
-        carve(sizes);
-        Carver memory(scratch(sizes.used()));
-        carve(memory);
+        carve_scratch([this](Carver& c) { carve(c); });
         ahead.clear();
         for (int64_t i = 0; i < keys; ++i) k_rows[i] = key_row(p.k, i), v_rows[i] = key_row(p.v, i);
         gradients.pack_keys(k_rows, v_rows, keys);
@@ -341,16 +338,14 @@ class Backward {
         if (rows > 0) expect_rows(last_block(), ahead);
     }
     void expect_rows(int64_t row, Ahead& ahead) const {
-        int64_t token = first_token + map.query(row), member = row % group;
-        for (const int64_t end = least(rows, row + kBlockRows); row < end; ++row) {
-            const int64_t head = item.kv_head * group + member;
+        map.each(row, least(rows, row + kBlockRows), [&](int64_t, int64_t query, int64_t member) {
+            const int64_t token = first_token + query, head = item.kv_head * group + member;
             const auto add = [&](const Packed& x, int64_t width) {
                 ahead.add(static_cast<const E*>(x.data) + token * x.token_stride + head * x.head_stride,
                           width * int64_t(sizeof(E)));
             };
             add(p.q, p.dim), add(b.dout, p.dim_v);
-            if (++member == group) member = 0, ++token;
-        }
+        });
     }
 
     E* key_row(const Packed& x, int64_t key) const {
@@ -415,11 +410,10 @@ class Backward {
 
     /// Where each row of the block lies in memory, its LSE and its delta.
     void locate(int64_t row, int64_t count, int64_t lanes) {
-        int64_t token = first_token + map.query(row), member = row % group;
         const T* lse_in = static_cast<const T*>(p.lse);
         const T* delta_in = static_cast<const T*>(b.delta);
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t head = item.kv_head * group + member;
+        map.each(row, row + count, [&](int64_t i, int64_t query, int64_t member) {
+            const int64_t token = first_token + query, head = item.kv_head * group + member;
             query_rows[i] =
                 static_cast<const E*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
             dout_rows[i] =
@@ -429,8 +423,7 @@ class Backward {
             cells.lse[i] =
                 l == -kInfinity<T> ? kInfinity<T> : l;  // a row that saw nothing: every exp gives 0
             cells.delta[i] = delta_in[head * p.total_q + token];
-            if (++member == group) member = 0, ++token;
-        }
+        });
         for (int64_t i = count; i < lanes; ++i) cells.lse[i] = kInfinity<T>, cells.delta[i] = 0;
     }
 

@@ -246,10 +246,7 @@ class Forward {
 
     void run() {
         const typename Products::Registers registers;
-        Carver sizes(nullptr);
-        carve(sizes);
-        Carver memory(scratch(sizes.used()));
-        carve(memory);
+        carve_scratch([this](Carver& c) { carve(c); });
         kv_head = item.kv_head;
         ahead.clear();
         expect(row_begin, block_end(row_begin));
@@ -307,12 +304,10 @@ class Forward {
     /// Rows of queries or outputs: calls f(i, row in memory) for each of [row, end).
     template <class X, class F>
     GAPLESS_INLINE void each_row(const Packed& x, int64_t row, int64_t end, const F& f) const {
-        int64_t token = first_token + map.query(row), member = row % group;
-        for (int64_t i = 0; i < end - row; ++i) {
-            f(i,
-              static_cast<X*>(x.data) + token * x.token_stride + (kv_head * group + member) * x.head_stride);
-            if (++member == group) member = 0, ++token;
-        }
+        map.each(row, end, [&](int64_t i, int64_t query, int64_t member) {
+            f(i, static_cast<X*>(x.data) + (first_token + query) * x.token_stride +
+                     (kv_head * group + member) * x.head_stride);
+        });
     }
 
     /// Asks for a block's queries and its first tile of keys.
@@ -359,9 +354,8 @@ class Forward {
     }
 
     void start(int64_t row, int64_t rows) {
-        int64_t token = first_token + map.query(row), member = row % group;
-        for (int64_t i = 0; i < rows; ++i) {
-            const int64_t head = kv_head * group + member;
+        map.each(row, row + rows, [&](int64_t i, int64_t query, int64_t member) {
+            const int64_t token = first_token + query, head = kv_head * group + member;
             query_rows[i] =
                 static_cast<const E*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
             out_rows[i] = static_cast<E*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride;
@@ -371,8 +365,7 @@ class Forward {
             const bool sink = p.sinks && item.key_begin == 0;
             top[i] = sink ? T(p.sinks[head]) : -kInfinity<T>;
             sum[i] = sink ? 1 : 0;
-            if (++member == group) member = 0, ++token;
-        }
+        });
         for (int64_t i = rows; i < padded<T>(rows); ++i) top[i] = -kInfinity<T>, sum[i] = 0;
         for (int64_t at = 0; at < rows; at += kStripRows) {
             const int64_t count = least(kStripRows, rows - at);

@@ -18,7 +18,17 @@ struct RowMap {
     int32_t left, right;
 
     int64_t query(int64_t row) const { return group == 1 ? row : row / group; }
-    int64_t position(int64_t row) const { return query(row) + len_k - len_q; }
+    int64_t position(int64_t row) const { return position_of(query(row)); }
+    int64_t position_of(int64_t query) const { return query + len_k - len_q; }
+    /// Calls f(i, query, head in group) of every row + i before `end`.
+    template <class F>
+    GAPLESS_INLINE void each(int64_t row, int64_t end, const F& f) const {
+        int64_t at = query(row), member = row - at * group;
+        for (int64_t i = 0; i < end - row; ++i) {
+            f(i, at, member);
+            if (++member == group) member = 0, ++at;
+        }
+    }
     /// First key seen, and one past the last; empty where end <= begin. Neither ever decreases with the row.
     int64_t begin(int64_t row) const { return begin_at(position(row)); }
     int64_t end(int64_t row) const { return end_at(position(row)); }
