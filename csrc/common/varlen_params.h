@@ -15,6 +15,28 @@ struct Packed {
     int64_t head_stride;
 };
 
+/// Which blocks of keys each block of queries sees. Blocks are counted from the first of their sequence; a
+/// row is a pattern head and a block of queries of the batch: row = pattern head * rows_per_head + block.
+struct BlockLists {
+    int64_t block_q, block_k;  ///< tokens
+    int64_t heads;             ///< patterns: query head h has number h / (query heads / heads)
+    int64_t rows_per_head;
+    const int64_t* first_row;                  ///< [batch], a sequence's first row of pattern head 0
+    const int32_t *offsets, *ids;              ///< blocks seen in whole, ascending in a row
+    const int32_t *partial_offsets, *partial;  ///< blocks seen in part, ascending in a row
+    const int32_t* partial_patterns;           ///< which pattern each of those has
+    const uint32_t*
+        patterns;   ///< [patterns, block_k, words]: bit i % 32 of word i / 32: query i sees the key
+    int64_t words;  ///< ceil(block_q / 32)
+};
+
+/// Where the softmax weights of every block of queries and block of keys are added up.
+struct BlockMass {
+    void* data;  ///< [heads, q_blocks, k_blocks], in lse's type
+    int64_t block_q, block_k, q_blocks, k_blocks;
+    const int64_t* first_row;  ///< [batch], a sequence's first block of queries
+};
+
 struct VarlenParams {
     DType dtype;  ///< of q, k, v, out and their gradients
     Packed q, k, v, out;
@@ -22,6 +44,7 @@ struct VarlenParams {
 
     int64_t total_q;
     int32_t heads, kv_heads;
+    int32_t bundles;  ///< groups of query heads whose rows lie beside each other: the kv heads, or more
     int32_t dim, dim_v;
 
     double scale;
@@ -41,22 +64,37 @@ struct VarlenParams {
     int64_t max_pages;
     int64_t page_size;
     int64_t k_page_stride, v_page_stride;
+
+    const BlockLists* blocks;  ///< or null: every key is seen that the window lets through
+    const BlockMass* mass;     ///< or null; if not, each bundle is one head
 };
 
-/// Keys of one query tile and some heads that one work item covers; several items of one tile are merged by
+/// Keys and values of one sequence and kv head in the layout that the kernels' products read.
+struct PackedKeys {
+    void *keys, *values;
+};
+
+/// Part of them to fill: keys [begin, end).
+struct PackItem {
+    int32_t sequence, kv_head, begin, end;
+    PackedKeys to;
+};
+
+/// Keys of one query tile and some bundles that one work item covers; several items of one tile are merged by
 /// their LSE.
 struct ForwardItem {
     int32_t tile;
-    int32_t kv_head, kv_heads;  ///< the first, and how many
+    int32_t bundle, bundles;  ///< the first, and how many
     int32_t key_begin, key_end;
     void* partial;  ///< null: the item writes the result itself; else [rows][dim_v + 2] of (out, max, sum)
-    int64_t partial_stride;  ///< numbers from one kv head's to the next one's
+    int64_t partial_stride;  ///< numbers from one bundle's to the next one's
+    PackedKeys packed;       ///< of all keys, or nulls: the item packs what it meets
 };
 
-/// The parts of one query tile and kv head, [parts][rows][dim_v + 2], that ForwardItems left.
+/// The parts of one query tile and bundle, [parts][rows][dim_v + 2], that ForwardItems left.
 struct MergeItem {
     int32_t tile;
-    int32_t kv_head;
+    int32_t bundle;
     const void* partials;
     int64_t parts;
 };
@@ -68,6 +106,9 @@ struct VarlenBackwardParams {
     void* delta;       ///< [heads, total_q] in lse's type: rowsum(dout * out) - dlse
     Packed dq, dk, dv;
 };
+
+/// Keys in a tile of the backward pass over block lists: a multiple of every size of block.
+constexpr int64_t kListedKeys = 512;
 
 /// One key tile of one kv head. The tiles of a sequence and head add to the same dq, one after another in
 /// their order.

@@ -19,8 +19,6 @@ struct NoTiles {
 
 constexpr int64_t kTile = 16, kTileDepth = 32;
 
-GAPLESS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 /// Tile registers in use by this thread, all of full size.
 class Tiles {
   public:
@@ -47,7 +45,8 @@ struct TileProduct {
     int64_t c_row;
     int64_t rows, lanes, depth;
     bool add;
-    Ahead* ahead = nullptr;  // what to bring near meanwhile
+    Ahead* ahead = nullptr;       // what to bring near meanwhile
+    int64_t a_step = kTileDepth;  // from one run of 32 terms of a to the next
 };
 
 template <int kRows, int kLanes_>
@@ -68,7 +67,7 @@ GAPLESS_INLINE void tile_block(const TileProduct& p, int64_t m, int64_t n) {
         if constexpr (kRows > 1) _tile_zero(2);
         if constexpr (kRows > 1 && kLanes_ > 1) _tile_zero(3);
     }
-    for (int64_t k = 0; k < p.depth; k += kTileDepth, a += 64, b += kTile * b_stride) {
+    for (int64_t k = 0; k < p.depth; k += kTileDepth, a += 2 * p.a_step, b += kTile * b_stride) {
         if (p.ahead)
             if (const char* const* lines = p.ahead->take(kTile))
                 for (int i = 0; i < kTile; ++i) Ahead::touch(lines[i]);
@@ -155,9 +154,11 @@ inline void pack_pairs(const bf16* const* rows, int64_t count, int64_t width, ui
                 pair_rows(i < count ? rows[i] : nullptr, i + 1 < count ? rows[i + 1] : nullptr, at, width));
 }
 
-/// A operand with the rows along the sum: [round_up(width, 16)][stride], zeros up to round_up(count, 32).
-inline void pack_columns(const bf16* const* rows, int64_t count, int64_t width, bf16* to, int64_t stride) {
-    for (int64_t i = 0; i < count; i += kTileDepth)
+/// A operand with the rows along the sum, zeros up to round_up(count, 32): 32 of them for each of
+/// round_up(width, 16) columns, `stride` apart, then the next 32, `step` from the first.
+inline void pack_columns(const bf16* const* rows, int64_t count, int64_t width, bf16* to, int64_t stride,
+                         int64_t step) {
+    for (int64_t i = 0; i < count; i += kTileDepth, to += step)
         for (int64_t at = 0; at < width; at += kTile) {
             Vec<float> x[kTile];
             for (int j = 0; j < kTile; ++j) {
@@ -166,7 +167,7 @@ inline void pack_columns(const bf16* const* rows, int64_t count, int64_t width, 
                                              r + 1 < count ? rows[r + 1] : nullptr, at, width);
             }
             transpose<float>(x);
-            for (int j = 0; j < kTile; ++j) std::memcpy(to + (at + j) * stride + i, &x[j], 64);
+            for (int j = 0; j < kTile; ++j) std::memcpy(to + (at + j) * stride, &x[j], 64);
         }
 }
 

@@ -13,16 +13,20 @@
 
 namespace gapless::cpu {
 
-#define GAPLESS_TABLE(ISA)                                                                               \
-    namespace ISA {                                                                                      \
-    void varlen_forward(const VarlenParams&, const ForwardItem&);                                        \
-    void varlen_merge(const VarlenParams&, const MergeItem&);                                            \
-    void varlen_delta(const VarlenBackwardParams&, int64_t, int64_t);                                    \
-    void varlen_backward(const VarlenBackwardParams&, const BackwardItem&, const BackwardItem*);         \
-    extern const int64_t backward_block_rows;                                                            \
-    Kernels table() {                                                                                    \
-        return {#ISA, varlen_forward, varlen_merge, varlen_delta, varlen_backward, backward_block_rows}; \
-    }                                                                                                    \
+#define GAPLESS_TABLE(ISA)                                                                       \
+    namespace ISA {                                                                              \
+    PackedSize packed_size(const VarlenParams&, int64_t);                                        \
+    void pack_keys(const VarlenParams&, const PackItem&);                                        \
+    void varlen_forward(const VarlenParams&, const ForwardItem&);                                \
+    void varlen_merge(const VarlenParams&, const MergeItem&);                                    \
+    void block_mass(const VarlenParams&, const ForwardItem&);                                    \
+    void varlen_delta(const VarlenBackwardParams&, int64_t, int64_t);                            \
+    void varlen_backward(const VarlenBackwardParams&, const BackwardItem&, const BackwardItem*); \
+    BackwardSpace backward_space(const VarlenParams&, int64_t);                                  \
+    Kernels table() {                                                                            \
+        return {#ISA,       packed_size,  pack_keys,       varlen_forward, varlen_merge,         \
+                block_mass, varlen_delta, varlen_backward, backward_space};                      \
+    }                                                                                            \
     }
 
 GAPLESS_TABLE(baseline)

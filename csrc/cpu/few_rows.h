@@ -60,9 +60,9 @@ class FewRows {
         carve_scratch([this](Carver& c) { carve(c); });
         begin = most(item.key_begin, map.begin(row_begin));
         end = least(item.key_end, map.end(row_begin + rows - 1));
-        const int32_t last = item.kv_head + item.kv_heads - 1;
-        locate(item.kv_head, begin, now);
-        for (int32_t head = item.kv_head; head <= last; ++head) {
+        const int32_t last = item.bundle + item.bundles - 1;
+        locate(item.bundle, begin, now);
+        for (int32_t head = item.bundle; head <= last; ++head) {
             start(head);
             for (int64_t from = begin; from < end; from += kTile) {
                 const int64_t to = least(end, from + kTile);
@@ -257,7 +257,7 @@ class FewRows {
     void finish(int32_t kv_head) {
         for (int64_t row = 0; row < rows; ++row) {
             T* to = item.partial ? static_cast<T*>(item.partial) +
-                                       (kv_head - item.kv_head) * item.partial_stride + row * (p.dim_v + 2)
+                                       (kv_head - item.bundle) * item.partial_stride + row * (p.dim_v + 2)
                                  : part;
             std::memcpy(to, out + row * dim_v, p.dim_v * sizeof(T));
             to[p.dim_v] = top[row], to[p.dim_v + 1] = sum[row];

@@ -82,8 +82,8 @@ void column(const Gemm<T>& g, int64_t rows, int64_t vec) {
 // Accumulators + one row of B + the broadcast have to fit the register file: 32 registers with AVX-512, 16
 // before. Eight rows divide the usual head dims and tiles of keys; a taller block would leave a ragged rest.
 #if defined(__AVX512F__)
-constexpr int kMaxVecs = 3;
-constexpr int kRegisterRows[kMaxVecs + 1] = {0, 16, 12, 8};
+constexpr int kMaxVecs = 4;
+constexpr int kRegisterRows[kMaxVecs + 1] = {0, 16, 12, 8, 6};
 #else
 constexpr int kMaxVecs = 2;
 constexpr int kRegisterRows[kMaxVecs + 1] = {0, 8, 6};
@@ -96,7 +96,9 @@ void gemm(const Gemm<T>& g, int64_t rows, int64_t vecs) {
         const int64_t left = vecs - vec, columns = (left + kMaxVecs - 1) / kMaxVecs;
         const int64_t width = (left + columns - 1) / columns;
         if constexpr (kMaxVecs >= 3)
-            if (width == 3) column<T, kRegisterRows[kMaxVecs], 3, kInit>(g, rows, vec);
+            if (width == 3) column<T, kRegisterRows[3], 3, kInit>(g, rows, vec);
+        if constexpr (kMaxVecs >= 4)
+            if (width == 4) column<T, kRegisterRows[4], 4, kInit>(g, rows, vec);
         if (width == 2) column<T, kRegisterRows[2], 2, kInit>(g, rows, vec);
         if (width == 1) column<T, kRegisterRows[1], 1, kInit>(g, rows, vec);
         vec += width;

@@ -6,17 +6,31 @@
 
 namespace gapless::cpu {
 
+/// Bytes of a sequence's packed keys and values of one kv head.
+struct PackedSize {
+    int64_t keys, values;
+};
+
+/// What the tiles of a sequence and kv head share in the backward pass.
+struct BackwardSpace {
+    int64_t blocks;  ///< of rows: the number of BackwardItem::turn
+    int64_t dq;      ///< bytes of BackwardItem::dq
+};
+
 struct Kernels {
     const char* isa;
+    PackedSize (*packed_size)(const VarlenParams&, int64_t keys);
+    void (*pack_keys)(const VarlenParams&, const PackItem&);
     /// One item of attention forward.
     void (*varlen_forward)(const VarlenParams&, const ForwardItem&);
     void (*varlen_merge)(const VarlenParams&, const MergeItem&);
+    /// Fills params.mass from a known LSE; the item's bundles are heads, its tiles whole blocks of queries.
+    void (*block_mass)(const VarlenParams&, const ForwardItem&);
     /// Attention backward: delta for tokens [begin, end), then the items. `next` is what this thread runs
     /// after this one, if that is known.
     void (*varlen_delta)(const VarlenBackwardParams&, int64_t begin, int64_t end);
     void (*varlen_backward)(const VarlenBackwardParams&, const BackwardItem&, const BackwardItem* next);
-    /// Most rows of a block, which is the unit of BackwardItem::turn.
-    int64_t backward_block_rows;
+    BackwardSpace (*backward_space)(const VarlenParams&, int64_t queries);
 };
 
 /// The best table that this machine can run, not above GAPLESS_ISA (baseline, avx2, avx512, amx) or torch's

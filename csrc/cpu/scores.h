@@ -15,24 +15,26 @@ template <class T>
 struct Lanes {
     using I = typename IntOf<T>::type;
     I *begin, *end, *position;  // keys seen are [begin, end)
+    I* query;                   // within its block
     T* slope;                   // of ALiBi
 
     template <class Carver>
     void carve(Carver& c, int64_t rows) {
         begin = c.template take<I>(rows), end = c.template take<I>(rows), position = c.template take<I>(rows);
-        slope = c.template take<T>(rows);
+        query = c.template take<I>(rows), slope = c.template take<T>(rows);
     }
 
-    void fill(const VarlenParams& p, const RowMap& map, int64_t sequence, int64_t kv_head, int64_t row,
+    void fill(const VarlenParams& p, const RowMap& map, int64_t sequence, int64_t bundle, int64_t row,
               int64_t rows, int64_t lanes) {
         const float* slopes =
-            p.alibi_slopes ? p.alibi_slopes + sequence * p.alibi_batch_stride + kv_head * map.group : nullptr;
-        map.each(row, row + rows, [&](int64_t i, int64_t query, int64_t member) {
-            const int64_t at = map.position_of(query);
-            begin[i] = I(map.begin_at(at)), end[i] = I(map.end_at(at)), position[i] = I(at);
-            slope[i] = slopes ? T(slopes[member]) : T(0);
+            p.alibi_slopes ? p.alibi_slopes + sequence * p.alibi_batch_stride + bundle * map.group : nullptr;
+        const int64_t block = p.blocks ? p.blocks->block_q : 1;
+        map.each(row, row + rows, [&](int64_t i, int64_t at, int64_t member) {
+            const int64_t p = map.position_of(at);
+            begin[i] = I(map.begin_at(p)), end[i] = I(map.end_at(p)), position[i] = I(p);
+            query[i] = I(at % block), slope[i] = slopes ? T(slopes[member]) : T(0);
         });
-        for (int64_t i = rows; i < lanes; ++i) begin[i] = end[i] = position[i] = 0, slope[i] = 0;
+        for (int64_t i = rows; i < lanes; ++i) begin[i] = end[i] = position[i] = query[i] = 0, slope[i] = 0;
     }
 };
 
@@ -55,10 +57,17 @@ GAPLESS_INLINE Vec<T> modify_score(Vec<T> s, const Lanes<T>& lanes, int64_t lane
                            tangent);
 }
 
+/// Which rows see a key; `bits` are its words in the block's pattern, or null.
 template <class T>
-GAPLESS_INLINE IVec<T> sees(const Lanes<T>& lanes, int64_t lane, int64_t key) {
-    const auto k = typename Lanes<T>::I(key);
-    return (load(lanes.begin + lane) <= k) & (load(lanes.end + lane) > k);
+GAPLESS_INLINE IVec<T> sees(const Lanes<T>& lanes, int64_t lane, int64_t key, const uint32_t* bits) {
+    using I = typename Lanes<T>::I;
+    IVec<T> seen = (load(lanes.begin + lane) <= I(key)) & (load(lanes.end + lane) > I(key));
+    if (bits)
+        for (int l = 0; l < kLanes<T>; ++l) {
+            const I query = lanes.query[lane + l];
+            seen[l] &= -I(bits[query / 32] >> (query % 32) & 1);
+        }
+    return seen;
 }
 
 }  // namespace

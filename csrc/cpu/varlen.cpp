@@ -2,15 +2,13 @@
 #include "csrc/cpu/varlen.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <memory>
 #include <mutex>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/work.h"
 
 namespace gapless::cpu {
 namespace {
@@ -18,20 +16,6 @@ namespace {
 // A tile of few rows over many keys is cut along its keys, so that one long sequence still feeds every
 // thread. The limits are part of the result's bits and so depend on nothing but the tile.
 constexpr int64_t kSplitRows = 64, kSplitKeys = 1024;
-constexpr int64_t kFewProducts = 1 << 16;
-
-void check(bool fine, const char* what, int64_t at, int64_t value, const std::string& wanted) {
-    if (!fine)
-        throw std::runtime_error(std::string(what) + "[" + std::to_string(at) + "] is " +
-                                 std::to_string(value) + ": it has to be " + wanted);
-}
-
-void check_lengths(const int32_t* cu, const char* name, int64_t batch, int64_t total) {
-    check(cu[0] == 0, name, 0, cu[0], "0");
-    for (int64_t i = 1; i <= batch; ++i)
-        check(cu[i] >= cu[i - 1], name, i, cu[i], "at least " + std::to_string(cu[i - 1]));
-    check(cu[batch] == total, name, batch, cu[batch], "the number of tokens, " + std::to_string(total));
-}
 
 void check_tiles(const int32_t* tiles, const char* name, int64_t count, int64_t batch, const int32_t* cu) {
     for (int64_t i = 0; i < count; ++i) {
@@ -61,23 +45,9 @@ std::pair<int64_t, int64_t> tile_keys(const VarlenParams& p, const int32_t* tile
     return {begin, std::max(begin, end)};
 }
 
-/// Runs body(0), ..., body(count - 1), each once, handed out in this order to whichever thread is free.
-template <class Body>
-void in_order(int64_t count, const Threads& threads, const Body& body) {
-    std::atomic<int64_t> next{0};
-    const auto work = [&] {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
-    };
-    if (count <= 1)
-        work();
-    else
-        threads.run(work);
-}
-
 /// How many kv heads of one tile a thread takes at once. They lie beside each other in memory, so as many as
 /// leave every thread enough items to even out.
 int64_t heads_together(int64_t tiles, int64_t kv_heads, const Threads& threads) {
-    constexpr int64_t kItemsPerThread = 16;
     return std::clamp<int64_t>(tiles * kv_heads / (kItemsPerThread * threads.count), 1, kv_heads);
 }
 
@@ -107,7 +77,7 @@ void check_varlen(const VarlenParams& p, const VarlenSizes& n) {
 void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threads& all_threads) {
     struct Part {
         int32_t tile, begin, end;
-        int64_t partial;  // offset in rows for kv head 0, or -1
+        int64_t partial;  // offset in rows for bundle 0, or -1
     };
     struct Merge {
         int32_t tile;
@@ -116,7 +86,7 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threa
     std::vector<Part> parts;
     std::vector<Merge> merges;
     parts.reserve(sizes.query_tile_count);
-    const int64_t group = p.heads / p.kv_heads;
+    const int64_t group = p.heads / p.bundles;
     int64_t partial_rows = 0, cells = 0;
     for (int64_t t = 0; t < sizes.query_tile_count; ++t) {
         const int32_t* tile = p.tiles + 3 * t;
@@ -138,28 +108,30 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threa
         }
     }
     const int64_t row_bytes = (p.dim_v + 2) * (p.dtype == DType::kFloat64 ? 8 : 4);
-    const std::unique_ptr<char[]> partials(partial_rows ? new char[partial_rows * p.kv_heads * row_bytes]
+    const std::unique_ptr<char[]> partials(partial_rows ? new char[partial_rows * p.bundles * row_bytes]
                                                         : nullptr);
-    const auto address = [&](int64_t row, int64_t kv_head) {
-        return partials.get() + (kv_head * partial_rows + row) * row_bytes;
+    const auto address = [&](int64_t row, int64_t bundle) {
+        return partials.get() + (bundle * partial_rows + row) * row_bytes;
     };
     const Kernels& k = kernels();
-    // Waking a thread takes longer than so little work.
-    const Threads threads = cells * p.kv_heads * (p.dim + p.dim_v) < kFewProducts
-                                ? Threads{1, [](const auto& f) { f(); }}
-                                : all_threads;
-    const int64_t together = heads_together(int64_t(parts.size()), p.kv_heads, threads),
-                  groups = (p.kv_heads + together - 1) / together;
+    const Threads threads = enough_threads(cells * p.bundles * (p.dim + p.dim_v), all_threads);
+    const int64_t together = heads_together(int64_t(parts.size()), p.bundles, threads),
+                  groups = (p.bundles + together - 1) / together;
     in_order(int64_t(parts.size()) * groups, threads, [&](int64_t i) {
         const Part& part = parts[i / groups];
-        const int64_t head = i % groups * together, heads = std::min(together, p.kv_heads - head);
-        k.varlen_forward(p, {part.tile, int32_t(head), int32_t(heads), part.begin, part.end,
+        const int64_t head = i % groups * together, heads = std::min(together, p.bundles - head);
+        k.varlen_forward(p, {part.tile,
+                             int32_t(head),
+                             int32_t(heads),
+                             part.begin,
+                             part.end,
                              part.partial < 0 ? nullptr : address(part.partial, int32_t(head)),
-                             partial_rows * (p.dim_v + 2)});
+                             partial_rows * (p.dim_v + 2),
+                             {}});
     });
-    in_order(int64_t(merges.size()) * p.kv_heads, threads, [&](int64_t i) {
-        const Merge& merge = merges[i / p.kv_heads];
-        const int32_t head = int32_t(i % p.kv_heads);
+    in_order(int64_t(merges.size()) * p.bundles, threads, [&](int64_t i) {
+        const Merge& merge = merges[i / p.bundles];
+        const int32_t head = int32_t(i % p.bundles);
         k.varlen_merge(p, {merge.tile, head, address(merge.partial, head), merge.parts});
     });
 }
@@ -178,7 +150,7 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
     // time.
     struct Unit {
         int32_t first_tile, tiles;
-        int64_t rows;
+        BackwardSpace space;
         std::mutex mutex;
         std::vector<char> dq;
         std::vector<int32_t> turns;
@@ -198,17 +170,14 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
         else
             runs.emplace_back(int32_t(t), 1);
     }
-    // Kernels may pad dim to whole tiles of 16.
     std::vector<Unit> units(runs.size() * p.kv_heads);
     std::vector<Claim> claims;
-    const int64_t group = p.heads / p.kv_heads,
-                  row_bytes = (p.dim + 15) / 16 * 16 * (p.dtype == DType::kFloat64 ? 8 : 4),
-                  together = heads_together(int64_t(runs.size()), p.kv_heads, threads);
+    const int64_t together = heads_together(int64_t(runs.size()), p.kv_heads, threads);
     for (int64_t u = 0; u < int64_t(units.size()); ++u) {
         const auto [first, tiles] = runs[u / p.kv_heads];
         const int32_t sequence = p.tiles[3 * first];
         units[u].first_tile = first, units[u].tiles = units[u].left = tiles;
-        units[u].rows = (p.cu_seqlens_q[sequence + 1] - p.cu_seqlens_q[sequence]) * group;
+        units[u].space = k.backward_space(p, p.cu_seqlens_q[sequence + 1] - p.cu_seqlens_q[sequence]);
         const int64_t head = u % p.kv_heads;
         if (tiles == 1 && head % together == 0)
             claims.push_back({u, std::min(together, p.kv_heads - head), 0});
@@ -237,8 +206,8 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
         {
             const std::lock_guard lock(unit.mutex);
             if (unit.turns.empty()) {
-                unit.turns.resize(unit.rows / k.backward_block_rows + 1);
-                unit.dq.resize((unit.rows + k.backward_block_rows) * row_bytes);
+                unit.turns.resize(unit.space.blocks);
+                unit.dq.resize(unit.space.dq);
             }
         }
         k.varlen_backward(b, item(claim.unit, claim.tile), nullptr);

@@ -9,6 +9,7 @@
 #include "csrc/cpu/amx_tiles.h"
 #include "csrc/cpu/gemm_tiles.h"
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/key_walk.h"
 #include "csrc/cpu/scores.h"
 #include "csrc/cpu/scratch.h"
 
@@ -31,6 +32,7 @@ struct Cells {
     const VarlenParams* p;
     T *lse, *delta;
     Lanes<T> lanes;
+    KeyRun run;  // that the keys are of
 
     template <bool kScored, bool kMasked>
     GAPLESS_INLINE void operator()(int64_t key, int64_t lane, Vec<T>* score, Vec<T>* gradient) const {
@@ -41,7 +43,8 @@ struct Cells {
         if constexpr (kScored)
             if (p->softcap > 0) d *= T(1) - tangent * tangent;
         if constexpr (kMasked) {
-            const IVec<T> seen = sees<T>(lanes, lane, key);
+            const uint32_t* bits = run.bits ? run.bits + (key - run.begin) * p->blocks->words : nullptr;
+            const IVec<T> seen = sees<T>(lanes, lane, key, bits);
             e = seen ? e : Vec<T>{};
             d = seen ? d : Vec<T>{};
         }
@@ -109,7 +112,7 @@ class VectorGradients {
     void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes,
               const Cells<T>& cells) {
         Segment segments[View::kMaxSegments];
-        const int count = view.split(origin + from, origin + to, segments);
+        const int count = view.split({origin + from, origin + to, 0, 0, cells.run.bits}, 0, segments);
         for (int i = 0; i < count; ++i) {
             const Segment& s = segments[i];
             const int64_t n = s.end - s.begin, at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
@@ -143,7 +146,8 @@ class VectorGradients {
     void add_dq(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes, T* dq) const {
         for (int64_t step = from; step < to; step += kStepKeys) {
             Segment segments[View::kMaxSegments];
-            const int count = view.split(origin + step, origin + least(to, step + kStepKeys), segments);
+            const int count =
+                view.split({origin + step, origin + least(to, step + kStepKeys), 0, 0, nullptr}, 0, segments);
             for (int i = 0; i < count; ++i) {
                 const Segment& s = segments[i];
                 const int64_t at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
@@ -199,7 +203,7 @@ class TileGradients {
     void pack_keys(const bf16* const* k_rows, const bf16* const* v_rows, int64_t keys) {
         pack_rows(k_rows, keys, p.dim, k);
         pack_rows(v_rows, keys, p.dim_v, v);
-        pack_columns(k_rows, keys, p.dim, k_columns, padded_keys);
+        pack_columns(k_rows, keys, p.dim, k_columns, padded_keys, kTileDepth);
         std::memset(dk, 0, padded_keys * dim * sizeof(float));
         std::memset(dv, 0, padded_keys * dim_v * sizeof(float));
     }
@@ -219,24 +223,26 @@ class TileGradients {
         multiply({v + from * depth_v, depth_v, dout_panel, lanes, gradients, lanes, n, lanes, depth_v, false,
                   &ahead});
         uint32_t* pairs = dscore_pairs + from / 2 * lanes;
-        cells.by_kind(view.cuts(origin + from, origin + to), [&]<bool kScored, bool kMasked>() {
-            for (int64_t key = 0; key < rows; key += 2)
-                for (int64_t l = 0; l < lanes; l += kTile) {
-                    Vec<float> e[2] = {}, d[2] = {};
+        cells.by_kind(cells.run.bits || view.cuts(origin + from, origin + to),
+                      [&]<bool kScored, bool kMasked>() {
+                          for (int64_t key = 0; key < rows; key += 2)
+                              for (int64_t l = 0; l < lanes; l += kTile) {
+                                  Vec<float> e[2] = {}, d[2] = {};
 #pragma GCC unroll 2
-                    for (int i = 0; i < 2; ++i) {
-                        if (key + i >= n) break;
-                        e[i] = load(scores + (key + i) * lanes + l),
-                        d[i] = load(gradients + (key + i) * lanes + l);
-                        cells.template operator()<kScored, kMasked>(origin + from + key + i, l, &e[i], &d[i]);
-                    }
-                    for (int i = 0; i < 2; ++i) {
-                        store_narrow(probabilities + (key + i) * lanes + l, e[i]);
-                        store_narrow(dscores + (key + i) * lanes + l, d[i]);
-                    }
-                    _mm512_storeu_si512(pairs + key / 2 * lanes + l, round_pairs(d[0], d[1]));
-                }
-        });
+                                  for (int i = 0; i < 2; ++i) {
+                                      if (key + i >= n) break;
+                                      e[i] = load(scores + (key + i) * lanes + l),
+                                      d[i] = load(gradients + (key + i) * lanes + l);
+                                      cells.template operator()<kScored, kMasked>(origin + from + key + i, l,
+                                                                                  &e[i], &d[i]);
+                                  }
+                                  for (int i = 0; i < 2; ++i) {
+                                      store_narrow(probabilities + (key + i) * lanes + l, e[i]);
+                                      store_narrow(dscores + (key + i) * lanes + l, d[i]);
+                                  }
+                                  _mm512_storeu_si512(pairs + key / 2 * lanes + l, round_pairs(d[0], d[1]));
+                              }
+                      });
         multiply({probabilities, lanes, dout_pairs, dim_v, dv + from * dim_v, dim_v, n, dim_v, lanes, true,
                   &ahead});
         multiply({dscores, lanes, query_pairs, dim, dk + from * dim, dim, n, dim, lanes, true, &ahead});
@@ -261,21 +267,45 @@ class TileGradients {
 };
 #endif
 
+/// How the rows of a bundle are cut into blocks: no block crosses the end of rows that share a list.
+struct RowCut {
+    int64_t rows, span, each;  // of a bundle; that share a list; most in a block
+
+    RowCut(const VarlenParams& p, int64_t queries) {
+        const int64_t group = p.heads / p.bundles;
+        rows = queries * group;
+        span = p.blocks ? p.blocks->block_q * group : most(rows, 1);
+        each = least(span, kBlockRows);
+    }
+    int64_t per_span() const { return (span + each - 1) / each; }
+    int64_t blocks() const { return rows == 0 ? 0 : index_of(rows - 1) + 1; }
+    int64_t index_of(int64_t row) const { return row / span * per_span() + row % span / each; }
+    int64_t begin(int64_t block) const { return block / per_span() * span + block % per_span() * each; }
+    int64_t end(int64_t block) const {
+        return least(rows, least(begin(block) + each, (block / per_span() + 1) * span));
+    }
+};
+
 template <class E, class Gradients>
 class Backward {
   public:
     using T = typename Compute<E>::type;
 
     Backward(const VarlenBackwardParams& params, const BackwardItem& item)
-        : b(params), p(params.forward), item(item), gradients(params.forward, ahead) {
+        : b(params),
+          p(params.forward),
+          item(item),
+          gradients(params.forward, ahead),
+          sequence(p.tiles[3 * (item.first_tile + item.tile)]),
+          cut(p, p.cu_seqlens_q[sequence + 1] - p.cu_seqlens_q[sequence]) {
         const int32_t* tile = p.tiles + 3 * (item.first_tile + item.tile);
-        sequence = tile[0], key_begin = tile[1], keys = tile[2] - tile[1];
-        group = p.heads / p.kv_heads;
+        key_begin = tile[1], keys = tile[2] - tile[1];
+        group = p.heads / p.bundles;
         const int32_t* cu_q = p.cu_seqlens_q + sequence;
         const int32_t* cu_k = p.cu_seqlens_k + sequence;
         first_token = cu_q[0], first_key = cu_k[0];
         map = {group, cu_q[1] - cu_q[0], cu_k[1] - cu_k[0], p.left, p.right};
-        rows = map.len_q * group;
+        bundles = p.bundles / p.kv_heads, bundle = item.kv_head * bundles;
     }
 
     void run(const BackwardItem* next) {
@@ -284,18 +314,28 @@ class Backward {
         ahead.clear();
         for (int64_t i = 0; i < keys; ++i) k_rows[i] = key_row(p.k, i), v_rows[i] = key_row(p.v, i);
         gradients.pack_keys(k_rows, v_rows, keys);
-        for (int64_t row = last_block(); row >= 0; row -= kBlockRows) {
-            ahead.clear();
-            if (row > 0)
-                expect_rows(row - kBlockRows, ahead);
-            else if (next)
-                Backward(b, *next).expect(ahead);
-            block(row, least(kBlockRows, rows - row));
+        for (; bundle < (item.kv_head + 1) * bundles; ++bundle) {
+            if (item.tile == 0) clear_unseen();
+            for (int64_t i = before(cut.blocks()), next_block; i >= 0; i = next_block) {
+                next_block = before(i);
+                ahead.clear();
+                if (next_block >= 0)
+                    expect_rows(next_block, ahead);
+                else if (next)
+                    Backward(b, *next).expect(ahead);
+                block(i);
+            }
         }
         for (int64_t i = 0; i < keys; ++i) {
             write_row(key_row(b.dk, i), gradients.dk_row(i), p.dim, T(p.scale));
             write_row(key_row(b.dv, i), gradients.dv_row(i), p.dim_v, T(1));
         }
+    }
+
+    static BackwardSpace space(const VarlenParams& p, int64_t queries) {
+        const RowCut cut(p, queries);
+        const int64_t blocks = p.bundles / p.kv_heads * cut.blocks();
+        return {blocks, blocks * Gradients::width(cut.each) * Gradients::dq_width(p) * int64_t(sizeof(T))};
     }
 
   private:
@@ -304,7 +344,9 @@ class Backward {
     const BackwardItem& item;
     Ahead ahead;
     Gradients gradients;
-    int64_t sequence, key_begin, keys, group, first_token, first_key, rows;
+    const int64_t sequence;
+    const RowCut cut;
+    int64_t key_begin, keys, group, bundles, bundle, first_token, first_key;
     RowMap map;
 
     const E **k_rows, **v_rows, **query_rows, **dout_rows;
@@ -313,7 +355,7 @@ class Backward {
     Cells<T> cells;
 
     void carve(Carver& c) {
-        const int64_t lanes = Gradients::width(least(kBlockRows, rows));
+        const int64_t lanes = Gradients::width(cut.each);
         gradients.carve(c, keys, lanes);
         k_rows = c.take<const E*>(keys), v_rows = c.take<const E*>(keys);
         query_rows = c.take<const E*>(lanes), dout_rows = c.take<const E*>(lanes);
@@ -327,19 +369,18 @@ class Backward {
         cells.lanes.carve(c, lanes);
     }
 
-    int64_t last_block() const { return (rows + kBlockRows - 1) / kBlockRows * kBlockRows - kBlockRows; }
-
     /// Asks for the keys, and for the rows that are the first to meet them.
     void expect(Ahead& ahead) const {
         for (int64_t i = 0; i < keys; ++i) {
             ahead.add(key_row(p.k, i), p.dim * int64_t(sizeof(E)));
             ahead.add(key_row(p.v, i), p.dim_v * int64_t(sizeof(E)));
         }
-        if (rows > 0) expect_rows(last_block(), ahead);
+        const int64_t block = before(cut.blocks());
+        if (block >= 0) expect_rows(block, ahead);
     }
-    void expect_rows(int64_t row, Ahead& ahead) const {
-        map.each(row, least(rows, row + kBlockRows), [&](int64_t, int64_t query, int64_t member) {
-            const int64_t token = first_token + query, head = item.kv_head * group + member;
+    void expect_rows(int64_t block, Ahead& ahead) const {
+        map.each(cut.begin(block), cut.end(block), [&](int64_t, int64_t query, int64_t member) {
+            const int64_t token = first_token + query, head = bundle * group + member;
             const auto add = [&](const Packed& x, int64_t width) {
                 ahead.add(static_cast<const E*>(x.data) + token * x.token_stride + head * x.head_stride,
                           width * int64_t(sizeof(E)));
@@ -357,63 +398,110 @@ class Backward {
         for (int64_t d = 0; d < width; d += kLanes<T>) store_row(to, d, width, load(from + d) * scale);
     }
 
-    /// Which of the sequence's tiles see a block of rows: how many before this one, and whether it is the
-    /// last.
+    /// Which of the sequence's tiles meet a block of rows: whether this one does, how many before it, whether
+    /// it is the last, and whether any does.
     struct Turn {
+        bool mine = false, last = true, any = false;
         int32_t before = 0;
-        bool last = true, any = false;
     };
-    Turn turn_of(int64_t begin, int64_t end) const {
+    Turn turn_of(int64_t block) const {
         Turn turn;
-        for (int32_t i = 0; i < item.tiles; ++i) {
-            const int32_t* tile = p.tiles + 3 * (item.first_tile + i);
-            if (tile[1] >= end || tile[2] <= begin || begin >= end) continue;
+        const auto meet = [&](int64_t tile) {
             turn.any = true;
-            if (i < item.tile) ++turn.before;
-            if (i > item.tile) turn.last = false;
+            turn.mine |= tile == item.tile;
+            turn.last &= tile <= item.tile;
+            turn.before += tile < item.tile;
+        };
+        const int64_t begin = map.begin(cut.begin(block)), end = map.end(cut.end(block) - 1);
+        if (!p.blocks) {
+            for (int32_t i = 0; i < item.tiles; ++i) {
+                const int32_t* tile = p.tiles + 3 * (item.first_tile + i);
+                if (tile[1] < end && tile[2] > begin && begin < end) meet(i);
+            }
+            return turn;
+        }
+        ListedBlocks listed = listed_blocks(block, begin, end);
+        for (int64_t at = -1; listed.any();) {
+            const int64_t tile = listed.take() * p.blocks->block_k / kListedKeys;
+            if (tile != at) meet(at = tile);
+            if (tile > item.tile) break;
         }
         return turn;
     }
-
-    void block(int64_t row, int64_t count) {
-        const int64_t begin = map.begin(row), end = map.end(row + count - 1), lanes = Gradients::width(count);
-        const Turn turn = turn_of(begin, end);
-        if (!turn.any &&
-            item.tile == 0) {  // nobody sees these rows: their gradient is 0, and somebody has to write it
-            locate(row, count, lanes);
-            std::memset(dq, 0, lanes * Gradients::dq_width(p) * sizeof(T));
-            return write_dq(dq, count, lanes);
+    /// The last block before `block` that meets this tile, or -1.
+    int64_t before(int64_t block) const {
+        while (--block >= 0 && !turn_of(block).mine) {
         }
-        // Steps begin at the same keys for every block, and are whole but for the last.
-        const int64_t from = most(0, begin - key_begin) / kStepKeys * kStepKeys;
-        const int64_t to = least(keys, round_up_to_step(end - key_begin));
-        if (least(end, key_begin + keys) <= most(begin, key_begin)) return;
-        locate(row, count, lanes);
-        cells.lanes.fill(p, map, sequence, item.kv_head, row, count, lanes);
-        gradients.pack_block(query_rows, dout_rows, count, lanes);
-        const typename Gradients::View view(map, row, count);
-        for (int64_t step = from; step < to; step += kStepKeys)
-            gradients.step(view, key_begin, step, least(to, step + kStepKeys), lanes, cells);
-
-        T* sum = item.dq ? static_cast<T*>(item.dq) + row * Gradients::dq_width(p) : dq;
-        int32_t* at = item.dq ? item.turn + row / kBlockRows : nullptr;
-        if (item.dq)
-            for (int spins = 0; __atomic_load_n(at, __ATOMIC_ACQUIRE) != turn.before;)
-                if (++spins > 1000) sched_yield();
-        if (turn.before == 0) std::memset(sum, 0, lanes * Gradients::dq_width(p) * sizeof(T));
-        gradients.add_dq(view, key_begin, from, to, lanes, sum);
-        if (turn.last) write_dq(sum, count, lanes);
-        if (item.dq) __atomic_store_n(at, turn.before + 1, __ATOMIC_RELEASE);
+        return block;
     }
 
-    static int64_t round_up_to_step(int64_t n) { return (n + kStepKeys - 1) / kStepKeys * kStepKeys; }
+    int64_t list_row(int64_t block) const {
+        const int64_t head = bundle * p.blocks->heads / p.bundles;
+        return head * p.blocks->rows_per_head + p.blocks->first_row[sequence] +
+               map.query(cut.begin(block)) / p.blocks->block_q;
+    }
+    ListedBlocks listed_blocks(int64_t block, int64_t begin, int64_t end) const {
+        return {*p.blocks, list_row(block), begin, most(begin, end)};
+    }
 
-    /// Where each row of the block lies in memory, its LSE and its delta.
-    void locate(int64_t row, int64_t count, int64_t lanes) {
+    /// Rows that nobody sees have gradient 0, and somebody has to write it.
+    void clear_unseen() {
+        const int64_t lanes = Gradients::width(cut.each);
+        for (int64_t i = 0; i < cut.blocks(); ++i) {
+            if (turn_of(i).any) continue;
+            locate(i, lanes);
+            std::memset(dq, 0, lanes * Gradients::dq_width(p) * sizeof(T));
+            write_dq(dq, cut.end(i) - cut.begin(i), lanes);
+        }
+    }
+
+    void block(int64_t i) {
+        const int64_t row = cut.begin(i), count = cut.end(i) - row, lanes = Gradients::width(count);
+        const int64_t begin = most(key_begin, map.begin(row)),
+                      end = least(key_begin + keys, map.end(row + count - 1));
+        const Turn turn = turn_of(i);
+        locate(i, lanes);
+        cells.lanes.fill(p, map, sequence, bundle, row, count, lanes);
+        gradients.pack_block(query_rows, dout_rows, count, lanes);
+        const typename Gradients::View view(map, row, count);
+        KeyTile<kListedKeys, 1> met;
+        if (p.blocks) {
+            KeyWalk(*p.blocks, list_row(i), 1, begin, end).next(met);
+        } else {
+            // Steps begin at the same keys for every block, and are whole but for the last.
+            const int64_t from = (begin - key_begin) / kStepKeys * kStepKeys;
+            met.runs[met.count++] = {
+                key_begin + from, least(key_begin + keys, key_begin + round_up(end - key_begin, kStepKeys)),
+                0, 0, nullptr};
+        }
+        for (int n = 0; n < met.count; ++n) {
+            const KeyRun& run = cells.run = met.runs[n];
+            const int64_t to = run.end - key_begin;
+            for (int64_t step = run.begin - key_begin; step < to; step += kStepKeys)
+                gradients.step(view, key_begin, step, least(to, step + kStepKeys), lanes, cells);
+        }
+
+        const int64_t at = (bundle - item.kv_head * bundles) * cut.blocks() + i;
+        T* sum = item.dq ? static_cast<T*>(item.dq) + at * Gradients::width(cut.each) * Gradients::dq_width(p)
+                         : dq;
+        if (item.dq)
+            for (int spins = 0; __atomic_load_n(item.turn + at, __ATOMIC_ACQUIRE) != turn.before;)
+                if (++spins > 1000) sched_yield();
+        if (turn.before == 0) std::memset(sum, 0, lanes * Gradients::dq_width(p) * sizeof(T));
+        for (int n = 0; n < met.count; ++n)
+            gradients.add_dq(view, key_begin, met.runs[n].begin - key_begin, met.runs[n].end - key_begin,
+                             lanes, sum);
+        if (turn.last) write_dq(sum, count, lanes);
+        if (item.dq) __atomic_store_n(item.turn + at, turn.before + 1, __ATOMIC_RELEASE);
+    }
+
+    /// Where each row of a block lies in memory, its LSE and its delta.
+    void locate(int64_t block, int64_t lanes) {
+        const int64_t count = cut.end(block) - cut.begin(block);
         const T* lse_in = static_cast<const T*>(p.lse);
         const T* delta_in = static_cast<const T*>(b.delta);
-        map.each(row, row + count, [&](int64_t i, int64_t query, int64_t member) {
-            const int64_t token = first_token + query, head = item.kv_head * group + member;
+        map.each(cut.begin(block), cut.end(block), [&](int64_t i, int64_t query, int64_t member) {
+            const int64_t token = first_token + query, head = bundle * group + member;
             query_rows[i] =
                 static_cast<const E*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
             dout_rows[i] =
@@ -433,16 +521,27 @@ class Backward {
     }
 };
 
+/// Calls f.operator()<Backward>() with the class for the dtype and lists.
+template <class F>
+void by_gradients(const VarlenParams& p, const F& f) {
+#if defined(__AMX_BF16__)
+    // Tiles of 32 keys hold whole blocks, or none of the listed ones could do without its neighbour.
+    if (p.dtype == DType::kBFloat16 && (!p.blocks || p.blocks->block_k >= kTileDepth))
+        return f.template operator()<Backward<bf16, TileGradients>>();
+#endif
+    by_dtype(p.dtype, [&]<class E>() { f.template operator()<Backward<E, VectorGradients<E>>>(); });
+}
+
 }  // namespace
 
-extern const int64_t backward_block_rows;
-const int64_t backward_block_rows = kBlockRows;
+BackwardSpace backward_space(const VarlenParams& p, int64_t queries) {
+    BackwardSpace space{};
+    by_gradients(p, [&]<class Kernel>() { space = Kernel::space(p, queries); });
+    return space;
+}
 
 void varlen_backward(const VarlenBackwardParams& b, const BackwardItem& item, const BackwardItem* next) {
-#if defined(__AMX_BF16__)
-    if (b.forward.dtype == DType::kBFloat16) return Backward<bf16, TileGradients>(b, item).run(next);
-#endif
-    by_dtype(b.forward.dtype, [&]<class E>() { Backward<E, VectorGradients<E>>(b, item).run(next); });
+    by_gradients(b.forward, [&]<class Kernel>() { Kernel(b, item).run(next); });
 }
 
 // Sums in the order of the products of dout and v: where a row sees one key, the two cancel to the last bit.

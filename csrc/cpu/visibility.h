@@ -10,6 +10,7 @@ namespace {
 
 GAPLESS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 GAPLESS_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+GAPLESS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 /// Rows of one kv head of one sequence. The query heads that share the head are rows of their own, beside
 /// each other, so that a row's position never decreases: row = query * group + head in group.
@@ -38,9 +39,22 @@ struct RowMap {
     }
 };
 
-/// Keys [begin, end) and the vectors of rows [vec_begin, vec_end) that see some of them.
-struct Segment {
+/// Keys that follow one another: [begin, end).
+struct KeyRun {
     int64_t begin, end;
+    int64_t at;            ///< row of the first one's scores
+    int64_t packed;        ///< and its row among the packed keys
+    const uint32_t* bits;  ///< its words in a pattern of what each query of the block sees, or null
+
+    /// The part from key `from` on.
+    KeyRun from(int64_t key, int64_t words) const {
+        const int64_t skip = key - begin;
+        return {key, end, at + skip, packed + skip, bits ? bits + skip * words : nullptr};
+    }
+};
+
+/// Of those, the keys that the vectors of rows [vec_begin, vec_end) see some of.
+struct Segment : KeyRun {
     int vec_begin, vec_end;
     bool partial;  ///< some row does not see some key
 };
@@ -74,8 +88,9 @@ struct StripView {
     }
     bool cuts(int64_t from, int64_t to) const { return cuts(from, to, 0, vecs); }
 
-    int split(int64_t from, int64_t to, Segment* out) const {
-        from = most(from, begin()), to = least(to, end());
+    int split(const KeyRun& run, int64_t words, Segment* out) const {
+        int64_t from = most(run.begin, begin());
+        const int64_t to = least(run.end, end());
         int count = 0;
         while (from < to) {
             int a = 0, b = vecs;
@@ -87,7 +102,12 @@ struct StripView {
             }
             next = least(to, most(next, from + kSegmentKeys));
             while (b > a && first_begin[b - 1] >= next) --b;
-            if (a < b) out[count++] = {from, next, a, b, cuts(from, next, a, b)};
+            if (a < b) {
+                Segment& s = out[count++];
+                static_cast<KeyRun&>(s) = run.from(from, words);
+                s.end = next, s.vec_begin = a, s.vec_end = b;
+                s.partial = run.bits || cuts(from, next, a, b);
+            }
             from = next;
         }
         return count;

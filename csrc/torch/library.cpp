@@ -24,6 +24,22 @@ STABLE_TORCH_LIBRARY(gapless, m) {
         "lse, "
         "Tensor[] plan, Tensor? alibi_slopes, Tensor? sinks, float[] score, int[] window) "
         "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
+    // layout: BlockLayout.tensors, order, and for the backward pass the transposed lists. blocks: block_q,
+    // block_k, pattern heads; for the mass block_q, block_k, blocks of queries, most blocks of keys of a
+    // sequence.
+    m.def(
+        "block_sparse_fwd(Tensor q, Tensor k, Tensor v, Tensor[] layout, int[] blocks, float[] score, "
+        "int[] window) -> (Tensor out, Tensor lse)");
+    m.def(
+        "block_sparse_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "Tensor[] layout, int[] blocks, float[] score, int[] window) -> (Tensor dq, Tensor dk, Tensor dv)");
+    m.def(
+        "block_mass(Tensor q, Tensor k, Tensor lse, Tensor[] plan, int[] blocks, float[] score, int[] "
+        "window) "
+        "-> Tensor mass");
+    m.def(
+        "attention_mass_fwd(Tensor q, Tensor k, Tensor v, Tensor[] plan, int[] blocks, float[] score, "
+        "int[] window) -> (Tensor out, Tensor lse, Tensor mass)");
     m.def("cpu_isa() -> str");
 }
 

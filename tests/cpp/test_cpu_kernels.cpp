@@ -250,6 +250,7 @@ Results<double> run(Inputs<E>& in, int thread_count) {
                               .total_q = total,
                               .heads = p.heads,
                               .kv_heads = p.kv_heads,
+                              .bundles = p.kv_heads,
                               .dim = p.dim,
                               .dim_v = p.dim_v,
                               .scale = 1 / std::sqrt(double(p.dim)),

@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cpu/block_sparse.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <vector>
+
+#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/recycle.h"
+#include "csrc/cpu/work.h"
+
+namespace gapless::cpu {
+namespace {
+
+int64_t length(const int32_t* cu, int64_t s) { return int64_t{cu[s + 1]} - cu[s]; }
+int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Each row of a list ascends within [0, limit of its sequence).
+void check_list(const int32_t* offsets, const int32_t* ids, int64_t capacity, const char* offsets_name,
+                const char* ids_name, const BlockLists& l, const BlockCounts& keys, int64_t batch) {
+    int64_t row = 0;
+    check(offsets[0] == 0, offsets_name, 0, offsets[0], "0");
+    for (int64_t head = 0; head < l.heads; ++head)
+        for (int64_t s = 0; s < batch; ++s) {
+            const int64_t end = s + 1 < batch ? l.first_row[s + 1] : l.rows_per_head;
+            const int64_t blocks = (s + 1 < batch ? keys.first[s + 1] : keys.total) - keys.first[s];
+            for (int64_t block = l.first_row[s]; block < end; ++block, ++row) {
+                const int64_t from = offsets[row], to = offsets[row + 1];
+                check(to >= from, offsets_name, row + 1, to, "at least " + std::to_string(from));
+                check(to <= capacity, offsets_name, row + 1, to,
+                      std::string("at most the room in ") + ids_name + ", " + std::to_string(capacity));
+                for (int64_t i = from; i < to; ++i) {
+                    check(ids[i] >= 0 && ids[i] < blocks, ids_name, i, ids[i],
+                          "from 0 to below the key blocks of its sequence, " + std::to_string(blocks));
+                    check(
+                        i == from || ids[i] > ids[i - 1], ids_name, i, ids[i],
+                        "above the one before it in its row, " + std::to_string(i == from ? 0 : ids[i - 1]));
+                }
+            }
+        }
+}
+
+/// Packed keys of one sequence and kv head, in one of a few places that units take in turn.
+struct Unit {
+    int32_t sequence, kv_head;
+    int64_t cost = 0;
+    int64_t first_item = 0, items = 0, packs = 0;
+    PackedKeys packed{};
+    std::atomic<int64_t> packs_left{0}, items_left{0};
+};
+
+/// Consecutive blocks of queries of one bundle.
+struct Item {
+    int32_t sequence, bundle, begin, end;  // queries
+    int64_t unit, cost;
+};
+
+/// Counts down when a piece of work is done, however it ends, so that nobody waits for it for ever.
+struct Done {
+    std::atomic<int64_t>& left;
+    ~Done() { left.fetch_sub(1, std::memory_order_release); }
+};
+void wait_for(const std::atomic<int64_t>& left) {
+    for (int spins = 0; left.load(std::memory_order_acquire) > 0;)
+        if (++spins > 1000) sched_yield();
+}
+
+/// Keys that a row's lists let its queries see: what it costs.
+int64_t listed_keys(const VarlenParams& p, int64_t row, int64_t visible) {
+    const BlockLists& l = *p.blocks;
+    const auto below = [&](const int32_t* ids, const int32_t* offsets) {
+        const int32_t *from = ids + offsets[row], *to = ids + offsets[row + 1];
+        return std::lower_bound(from, to, cdiv(visible, l.block_k)) - from;
+    };
+    return l.block_k * (below(l.ids, l.offsets) + below(l.partial, l.partial_offsets));
+}
+
+}  // namespace
+
+BlockCounts::BlockCounts(const int32_t* cu_seqlens, int64_t batch, int64_t size) : first(batch) {
+    for (int64_t s = 0; s < batch; ++s) {
+        const int64_t blocks = cdiv(length(cu_seqlens, s), size);
+        first[s] = total, total += blocks, most = std::max(most, blocks);
+    }
+}
+
+void check_block_lists(const VarlenParams& p, const BlockSizes& n) {
+    const BlockLists& l = *p.blocks;
+    const BlockCounts keys(p.cu_seqlens_k, n.batch, l.block_k);
+    check_list(l.offsets, l.ids, n.ids, "offsets", "ids", l, keys, n.batch);
+    check_list(l.partial_offsets, l.partial, n.partial_ids, "partial_offsets", "partial_ids", l, keys,
+               n.batch);
+    for (int64_t i = 0; i < l.partial_offsets[l.heads * l.rows_per_head]; ++i)
+        check(l.partial_patterns[i] >= 0 && l.partial_patterns[i] < n.patterns, "partial_patterns", i,
+              l.partial_patterns[i], "from 0 to below the number of patterns, " + std::to_string(n.patterns));
+}
+
+void block_sparse_forward(const VarlenParams& params, int64_t batch, const Threads& all_threads) {
+    VarlenParams p = params;
+    const BlockLists& l = *p.blocks;
+    const int64_t group = p.heads / p.bundles, bundles = p.bundles / p.kv_heads;
+    // Neighbouring blocks of queries often see the same keys, so an item has several.
+    constexpr int64_t kItemRows = 256;
+    const int64_t together = std::max<int64_t>(1, kItemRows / (l.block_q * group)) * l.block_q;
+    constexpr int64_t kPackKeys = 1024;
+
+    std::vector<Unit> units(batch * p.kv_heads);
+    std::vector<Item> items;
+    int64_t products = 0;
+    for (int64_t s = 0; s < batch; ++s) {
+        const int64_t queries = length(p.cu_seqlens_q, s), keys = length(p.cu_seqlens_k, s);
+        for (int32_t bundle = 0; bundle < p.bundles; ++bundle) {
+            const int64_t u = s * p.kv_heads + bundle / bundles;
+            const int64_t row = int64_t{bundle} * l.heads / p.bundles * l.rows_per_head + l.first_row[s];
+            for (int64_t begin = 0; begin < queries; begin += together) {
+                const int64_t end = std::min(queries, begin + together);
+                int64_t cost = 0;
+                for (int64_t q = begin; q < end; q += l.block_q) {
+                    const int64_t last = std::min(end, q + l.block_q);
+                    const int64_t visible =
+                        p.right < 0 ? keys : std::clamp<int64_t>(last + keys - queries + p.right, 0, keys);
+                    cost += (last - q) * listed_keys(p, row + q / l.block_q, visible);
+                }
+                units[u].cost += cost, products += cost * group;
+                items.push_back({int32_t(s), bundle, int32_t(begin), int32_t(end), u, cost});
+            }
+        }
+    }
+    std::vector<int64_t> order(units.size());
+    for (size_t u = 0; u < order.size(); ++u) order[u] = int64_t(u);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return units[a].cost > units[b].cost; });
+    std::vector<int64_t> place(units.size());
+    for (size_t i = 0; i < order.size(); ++i) place[order[i]] = int64_t(i);
+    std::stable_sort(items.begin(), items.end(), [&](const Item& a, const Item& b) {
+        return place[a.unit] != place[b.unit] ? place[a.unit] < place[b.unit] : a.cost > b.cost;
+    });
+    std::vector<int32_t> tiles;
+    tiles.reserve(items.size() * 3);
+    for (size_t i = 0; i < items.size(); ++i) {
+        Unit& unit = units[items[i].unit];
+        if (unit.items++ == 0) unit.first_item = int64_t(i);
+        tiles.insert(tiles.end(), {items[i].sequence, items[i].begin, items[i].end});
+    }
+    p.tiles = tiles.data();
+
+    // While one unit's items run, the next units' keys are packed: so many of them that threads always have
+    // items to take.
+    const Kernels& k = kernels();
+    const Threads threads = enough_threads(products * (p.dim + p.dim_v), all_threads);
+    const int64_t used = std::count_if(units.begin(), units.end(), [](const Unit& u) { return u.items > 0; });
+    const int64_t per_unit = std::max<int64_t>(1, int64_t(items.size()) / std::max<int64_t>(1, used));
+    const int64_t ahead = std::min(used, cdiv(2 * threads.count, per_unit)), slots = ahead + 1;
+    PackedSize most{0, 0};
+    for (int64_t s = 0; s < batch; ++s) {
+        const PackedSize size = k.packed_size(p, length(p.cu_seqlens_k, s));
+        most = {std::max(most.keys, size.keys), std::max(most.values, size.values)};
+    }
+    most = {(most.keys + 63) / 64 * 64, (most.values + 63) / 64 * 64};
+    const std::unique_ptr<char, void (*)(char*)> memory(
+        static_cast<char*>(take(std::max<int64_t>(64, slots * (most.keys + most.values)))),
+        [](char* at) { give_back(at); });
+
+    struct Claim {
+        int64_t unit, item, pack;  // the item, or -1 and the piece to pack
+    };
+    std::vector<Claim> claims;
+    const auto claim_packs = [&](int64_t i) {
+        if (i >= used) return;
+        Unit& unit = units[order[i]];
+        unit.sequence = int32_t(order[i] / p.kv_heads), unit.kv_head = int32_t(order[i] % p.kv_heads);
+        unit.packs = cdiv(length(p.cu_seqlens_k, unit.sequence), kPackKeys);
+        unit.packs_left = unit.packs, unit.items_left = unit.items;
+        char* const at = memory.get() + i % slots * (most.keys + most.values);
+        unit.packed = {at, at + most.keys};
+        for (int64_t j = 0; j < unit.packs; ++j) claims.push_back({i, -1, j});
+    };
+    // Units without items are last: they cost nothing, and neither do those with items that list nothing.
+    std::stable_partition(order.begin(), order.end(), [&](int64_t u) { return units[u].items > 0; });
+    for (int64_t i = 0; i < ahead; ++i) claim_packs(i);
+    for (int64_t i = 0; i < used; ++i) {
+        const Unit& unit = units[order[i]];
+        for (int64_t j = 0; j < unit.items; ++j) claims.push_back({i, unit.first_item + j, 0});
+        claim_packs(i + ahead);
+    }
+    in_order(int64_t(claims.size()), threads, [&](int64_t c) {
+        const Claim& claim = claims[c];
+        Unit& unit = units[order[claim.unit]];
+        if (claim.item < 0) {
+            const Done done{unit.packs_left};
+            if (claim.unit >= slots) wait_for(units[order[claim.unit - slots]].items_left);
+            const int64_t keys = length(p.cu_seqlens_k, unit.sequence), begin = claim.pack * kPackKeys;
+            k.pack_keys(p, {unit.sequence, unit.kv_head, int32_t(begin),
+                            int32_t(std::min(keys, begin + kPackKeys)), unit.packed});
+            return;
+        }
+        const Done done{unit.items_left};
+        wait_for(unit.packs_left);
+        const Item& item = items[claim.item];
+        k.varlen_forward(p, {int32_t(claim.item), item.bundle, 1, 0,
+                             int32_t(length(p.cu_seqlens_k, item.sequence)), nullptr, 0, unit.packed});
+    });
+}
+
+void block_sparse_backward(const VarlenBackwardParams& params, int64_t batch, const Threads& threads) {
+    VarlenBackwardParams b = params;
+    std::vector<std::pair<int64_t, int32_t>> sequences;  // the costliest first
+    for (int32_t s = 0; s < batch; ++s)
+        sequences.emplace_back(
+            -length(b.forward.cu_seqlens_q, s) * std::max<int64_t>(1, length(b.forward.cu_seqlens_k, s)), s);
+    std::sort(sequences.begin(), sequences.end());
+    std::vector<int32_t> tiles;
+    for (const auto& [cost, s] : sequences) {
+        const int64_t keys = length(b.forward.cu_seqlens_k, s);
+        if (keys == 0 && cost < 0) tiles.insert(tiles.end(), {s, 0, 0});
+        for (int64_t begin = 0; begin < keys; begin += kListedKeys)
+            tiles.insert(tiles.end(), {s, int32_t(begin), int32_t(std::min(keys, begin + kListedKeys))});
+    }
+    b.forward.tiles = tiles.data();
+    VarlenSizes sizes{};
+    sizes.batch = batch;
+    sizes.key_tiles = tiles.data(), sizes.key_tile_count = int64_t(tiles.size()) / 3;
+    varlen_backward(b, sizes, nullptr, threads);
+}
+
+void block_mass(const VarlenParams& params, int64_t batch, bool with_outputs, const Threads& all_threads) {
+    VarlenParams p = params;
+    constexpr int64_t kRows = 512;  // whole blocks of queries of any size
+    std::vector<std::pair<int64_t, std::array<int32_t, 3>>> cut;
+    int64_t products = 0;
+    for (int32_t s = 0; s < batch; ++s) {
+        const int64_t queries = length(p.cu_seqlens_q, s), keys = length(p.cu_seqlens_k, s);
+        for (int64_t begin = 0; begin < queries; begin += kRows) {
+            const int64_t end = std::min(queries, begin + kRows);
+            const int64_t visible =
+                p.right < 0 ? keys : std::clamp<int64_t>(end + keys - queries + p.right, 0, keys);
+            products += (end - begin) * visible;
+            cut.push_back({-(end - begin) * visible, {s, int32_t(begin), int32_t(end)}});
+        }
+    }
+    std::stable_sort(cut.begin(), cut.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    std::vector<int32_t> tiles;
+    for (const auto& [cost, tile] : cut) tiles.insert(tiles.end(), tile.begin(), tile.end());
+    p.tiles = tiles.data();
+    const Kernels& k = kernels();
+    const Threads threads = enough_threads(products * p.heads * (p.dim + p.dim_v), all_threads);
+    in_order(int64_t(cut.size()) * p.heads, threads, [&](int64_t i) {
+        const int32_t tile = int32_t(i / p.heads);
+        const ForwardItem item{
+            tile, int32_t(i % p.heads), 1, 0, int32_t(length(p.cu_seqlens_k, tiles[3 * tile])), nullptr, 0,
+            {}};
+        (with_outputs ? k.varlen_forward : k.block_mass)(p, item);
+    });
+}
+
+}  // namespace gapless::cpu

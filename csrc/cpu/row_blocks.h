@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every kernel with queries in the lanes does: go over the blocks of rows of an item and the tiles of
+// keys that each meets, pack both, and ask for what comes next while the present strip computes.
+#pragma once
+
+#include "csrc/cpu/key_rows.h"
+#include "csrc/cpu/products.h"
+#include "csrc/cpu/scratch.h"
+
+namespace gapless::cpu::GAPLESS_ISA {
+namespace {
+
+constexpr int64_t kSharingRows = 576;  // rows that share one packing of keys; their state stays in L2
+
+template <class E, class Products>
+class RowBlocks {
+  public:
+    using T = typename Compute<E>::type;
+    using Tile = typename Products::Tile;
+    static constexpr int kStripVecs = Products::kStripVecs;
+    static constexpr int64_t kStripRows = kStripVecs * kLanes<T>;
+    static constexpr int64_t kTileKeys = Products::kTileKeys;
+    static_assert(kSharingRows % kStripRows == 0);
+    using View = StripView<T, kStripVecs>;
+    static constexpr int kMostSegments = Tile::kMostRuns * View::kMaxSegments;
+
+    RowBlocks(const VarlenParams& params, const ForwardItem& item)
+        : p(params), item(item), keys(params, params.tiles[3 * item.tile]), products(params, ahead) {
+        const int32_t* tile = p.tiles + 3 * item.tile;
+        group = p.heads / p.bundles;
+        const int32_t* cu_q = p.cu_seqlens_q + tile[0];
+        first_token = cu_q[0];
+        map = {group, cu_q[1] - cu_q[0], keys.length, p.left, p.right};
+        row_begin = tile[1] * group, row_end = tile[2] * group;
+        words = p.blocks ? p.blocks->words : 0;
+        rewritten = p.softcap > 0 || p.alibi_slopes || !(p.scale > 0);
+    }
+
+  protected:
+    const VarlenParams& p;
+    const ForwardItem& item;
+    const KeyRows<E> keys;
+    Ahead ahead;
+    Products products;
+    int64_t bundle, group, first_token, row_begin, row_end, words;
+    RowMap map;
+    bool rewritten;  // scores are more than the dot product times a positive factor
+
+    char* queries;
+    T* scores;
+    const E **query_rows, **key_rows, **value_rows;
+    PackedKeys packed;  // of the present tile
+    Lanes<T> lanes;
+
+    int64_t most_rows() const { return least(kSharingRows, padded<T>(row_end - row_begin)); }
+    void carve(Carver& c) {
+        const int64_t rows = most_rows();
+        queries = c.take<char>(Products::panel_bytes(p, rows));
+        scores = c.take<T>(kTileKeys * kStripRows);
+        query_rows = c.take<const E*>(rows);
+        if (!item.packed.keys) {
+            key_rows = c.take<const E*>(kTileKeys);
+            value_rows = c.take<const E*>(kTileKeys);
+            packed = {c.take<char>(Products::key_bytes(p, kTileKeys)),
+                      c.take<char>(Products::value_bytes(p, kTileKeys))};
+        } else {
+            packed = item.packed;
+        }
+        lanes.carve(c, rows);
+        products.carve(c);
+        ahead.carve(c, (rows + kTileKeys) *
+                           (ahead.lines_of(p.dim * sizeof(E)) + ahead.lines_of(p.dim_v * sizeof(E))));
+    }
+
+    /// Calls kernel.start(row, rows), kernel.strip(row, first row of the strip, rows of it, tile) for each
+    /// tile of keys, and kernel.finish(row, first row, rows of it), for each block;
+    /// kernel.expect_results(row, rows) before the last tile.
+    template <class Kernel>
+    void walk(Kernel& kernel) {
+        products.use(packed);
+        bundle = item.bundle;
+        ahead.clear();
+        expect(row_begin);
+        ahead.rush();
+        for (; bundle < item.bundle + item.bundles; ++bundle)
+            for (int64_t row = row_begin; row < row_end; row = block_end(row)) block(kernel, row);
+    }
+
+    int64_t kv_head() const { return bundle * p.kv_heads / p.bundles; }
+
+    /// Rows of queries or outputs: calls f(i, row in memory) for each of [row, end).
+    template <class X, class F>
+    GAPLESS_INLINE void each_row(const Packed& x, int64_t row, int64_t end, const F& f) const {
+        map.each(row, end, [&](int64_t i, int64_t query, int64_t member) {
+            f(i, static_cast<X*>(x.data) + (first_token + query) * x.token_stride +
+                     (bundle * group + member) * x.head_stride);
+        });
+    }
+
+    /// The dot products of a strip that some row of it sees, in segments, as scores.
+    int strip_scores(const Strip<T>& strip, const View& view, const Tile& tile, int64_t at,
+                     Segment* segments) {
+        int count = 0;
+        for (int i = 0; i < tile.count; ++i)
+            count += Products::split(view, tile.runs[i], words, segments + count);
+        for (int i = 0; i < count; ++i) {
+            const Segment& s = segments[i];
+            products.scores(strip, s);
+            if (s.partial || rewritten) modify(s, at, strip);
+        }
+        return count;
+    }
+
+    /// What `scores` has to be multiplied by to be scores.
+    T unit() const { return rewritten ? T(1) : T(score_factor(p)); }
+
+    /// Calls with the number of vectors of a segment as a constant, so that their state stays in registers.
+    template <class F>
+    static GAPLESS_INLINE void by_width(const Segment& s, const F& f) {
+        static_assert(kStripVecs <= 4);
+        switch (s.vec_end - s.vec_begin) {
+            case 1:
+                return f.template operator()<1>();
+            case 2:
+                return f.template operator()<2>();
+            case 3:
+                return f.template operator()<(kStripVecs >= 3 ? 3 : 1)>();
+            default:
+                return f.template operator()<(kStripVecs >= 4 ? 4 : 1)>();
+        }
+    }
+
+  private:
+    int64_t block_end(int64_t row) const {
+        const int64_t end = least(row_end, row + kSharingRows);
+        if (!p.blocks) return end;
+        const int64_t rows = p.blocks->block_q * group;  // that have one list
+        return least(end, (row / rows + 1) * rows);
+    }
+
+    KeyWalk keys_of(int64_t row) const {
+        const int64_t begin = most(item.key_begin, map.begin(row)),
+                      end = least(item.key_end, map.end(block_end(row) - 1));
+        if (p.blocks) {
+            const int64_t head = bundle * p.blocks->heads / p.bundles;
+            return {*p.blocks,
+                    head * p.blocks->rows_per_head + p.blocks->first_row[keys.sequence] +
+                        map.query(row) / p.blocks->block_q,
+                    Products::kKeyAlign, begin, end};
+        }
+        return {begin, end, p.mass ? p.mass->block_k : INT64_MAX};
+    }
+
+    void locate(const KeyRun& run) const {
+        for (int64_t i = 0; i < run.end - run.begin; ++i) {
+            key_rows[i] = keys.key(kv_head(), run.begin + i);
+            value_rows[i] = keys.value(kv_head(), run.begin + i);
+        }
+    }
+
+    /// Asks for a block's queries and its first tile of keys.
+    void expect(int64_t row) {
+        each_row<const E>(p.q, row, block_end(row),
+                          [&](int64_t, const E* at) { ahead.add(at, p.dim * int64_t(sizeof(E))); });
+        Tile tile;
+        KeyWalk walk = keys_of(row);
+        if (walk.next(tile)) expect(tile);
+    }
+    void expect(const Tile& tile) {
+        for (int i = 0; i < tile.count; ++i) {
+            const KeyRun& run = tile.runs[i];
+            if (item.packed.keys) {
+                products.expect(run.packed, run.end - run.begin);
+                continue;
+            }
+            for (int64_t key = run.begin; key < run.end; ++key) {
+                ahead.add(keys.key(kv_head(), key), p.dim * int64_t(sizeof(E)));
+                ahead.add(keys.value(kv_head(), key), p.dim_v * int64_t(sizeof(E)));
+            }
+        }
+    }
+    /// Asks for the block after the one at `row`.
+    void expect_next(int64_t row) {
+        if (block_end(row) < row_end) return expect(block_end(row));
+        if (bundle + 1 == item.bundle + item.bundles) return;
+        ++bundle;
+        expect(row_begin);
+        --bundle;
+    }
+
+    template <class Kernel>
+    void block(Kernel& kernel, int64_t row) {
+        const int64_t rows = block_end(row) - row;
+        lanes.fill(p, map, keys.sequence, bundle, row, rows, padded<T>(rows));
+        each_row<const E>(p.q, row, row + rows, [&](int64_t i, const E* at) { query_rows[i] = at; });
+        kernel.start(row, rows);
+        for (int64_t at = 0; at < rows; at += kStripRows) {
+            const int64_t count = least(kStripRows, rows - at);
+            products.pack_queries(query_rows + at, count, queries + Products::panel_bytes(p, at),
+                                  padded<T>(count));
+        }
+        KeyWalk walk = keys_of(row);
+        Tile tile, next;
+        for (bool any = walk.next(tile); any;) {
+            const bool more = walk.next(next);
+            if (!item.packed.keys)
+                for (int i = 0; i < tile.count; ++i) {
+                    KeyRun& run = tile.runs[i];
+                    locate(run);
+                    Products::pack_keys(p, key_rows, value_rows, run.end - run.begin, packed, run.at);
+                    run.packed = run.at;
+                }
+            ahead.clear();
+            if (more) {
+                expect(next);
+            } else {
+                kernel.expect_results(row, rows);
+                expect_next(row);
+            }
+            for (int64_t at = 0; at < rows; at += kStripRows)
+                kernel.strip(row, at, least(kStripRows, rows - at), tile);
+            tile = next, any = more;
+        }
+        for (int64_t at = 0; at < rows; at += kStripRows)
+            kernel.finish(row, at, least(kStripRows, rows - at));
+    }
+
+    void modify(const Segment& s, int64_t at, const Strip<T>& strip) const {
+        constexpr int w = kLanes<T>;
+        const T unit = T(score_factor(p)), cap = T(p.softcap);
+        T* block = strip.scores + s.at * strip.width;
+        const uint32_t* bits = s.bits;
+        for (int64_t key = s.begin; key < s.end; ++key, block += strip.width, bits += bits ? words : 0)
+            for (int v = s.vec_begin; v < s.vec_end; ++v) {
+                const int64_t lane = at + v * w;
+                Vec<T> x = load(block + v * w), tangent;
+                if (rewritten) x = modify_score<T>(x * unit, lanes, lane, key, cap, &tangent);
+                if (s.partial) x = sees<T>(lanes, lane, key, bits) ? x : splat(-kInfinity<T>);
+                store(block + v * w, x);
+            }
+    }
+};
+
+}  // namespace
+}  // namespace gapless::cpu::GAPLESS_ISA
