@@ -69,16 +69,13 @@ struct VarlenParams {
     const BlockMass* mass;     ///< or null; if not, each bundle is one head
 };
 
-/// Keys and values of one sequence and kv head in the layout that the kernels' products read.
+/// Keys and values of one sequence and kv head in the layout that the kernels' products read. Whoever first
+/// meets a piece of kPackedPiece keys packs it.
 struct PackedKeys {
     void *keys, *values;
+    int32_t* pieces;  ///< 0: to be packed; 1: somebody is at it; 2: there
 };
-
-/// Part of them to fill: keys [begin, end).
-struct PackItem {
-    int32_t sequence, kv_head, begin, end;
-    PackedKeys to;
-};
+constexpr int64_t kPackedPiece = 64;
 
 /// Keys of one query tile and some bundles that one work item covers; several items of one tile are merged by
 /// their LSE.

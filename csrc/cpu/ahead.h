@@ -24,10 +24,11 @@ class Ahead {
     void clear() { next_ = end_ = 0; }
     /// What the list has no room for is left to the loads themselves.
     void add(const void* row, int64_t bytes) {
-        const char* at = static_cast<const char*>(row);
-        const char* end = at + bytes;
-        for (at -= reinterpret_cast<uintptr_t>(at) % kLine; at < end && end_ < room_; at += kLine)
-            lines_[end_++] = at;
+        const char* first = static_cast<const char*>(row) - reinterpret_cast<uintptr_t>(row) % kLine;
+        int64_t lines = (static_cast<const char*>(row) + bytes - first + kLine - 1) / kLine;
+        if (lines > room_ - end_) lines = room_ - end_;
+        for (int64_t i = 0; i < lines; ++i) lines_[end_ + i] = first + i * kLine;
+        end_ += lines;
     }
     /// The next `count` lines (the last ones again, if fewer are left), or null if none are.
     GAPLESS_INLINE const char* const* take(int64_t count) {

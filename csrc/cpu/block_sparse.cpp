@@ -43,13 +43,11 @@ void check_list(const int32_t* offsets, const int32_t* ids, int64_t capacity, co
         }
 }
 
-/// Packed keys of one sequence and kv head, in one of a few places that units take in turn.
+/// A sequence and kv head, whose packed keys are in one of a few places that units take in turn.
 struct Unit {
-    int32_t sequence, kv_head;
-    int64_t cost = 0;
-    int64_t first_item = 0, items = 0, packs = 0;
+    int64_t cost = 0, items = 0;
     PackedKeys packed{};
-    std::atomic<int64_t> packs_left{0}, items_left{0};
+    std::atomic<int64_t> items_left{0};
 };
 
 /// Consecutive blocks of queries of one bundle.
@@ -105,7 +103,6 @@ void block_sparse_forward(const VarlenParams& params, int64_t batch, const Threa
     // Neighbouring blocks of queries often see the same keys, so an item has several.
     constexpr int64_t kItemRows = 256;
     const int64_t together = std::max<int64_t>(1, kItemRows / (l.block_q * group)) * l.block_q;
-    constexpr int64_t kPackKeys = 1024;
 
     std::vector<Unit> units(batch * p.kv_heads);
     std::vector<Item> items;
@@ -142,66 +139,50 @@ void block_sparse_forward(const VarlenParams& params, int64_t batch, const Threa
     tiles.reserve(items.size() * 3);
     for (size_t i = 0; i < items.size(); ++i) {
         Unit& unit = units[items[i].unit];
-        if (unit.items++ == 0) unit.first_item = int64_t(i);
+        ++unit.items;
         tiles.insert(tiles.end(), {items[i].sequence, items[i].begin, items[i].end});
     }
     p.tiles = tiles.data();
 
-    // While one unit's items run, the next units' keys are packed: so many of them that threads always have
-    // items to take.
+    // Few units have items that run at the same time, so few places will do.
     const Kernels& k = kernels();
     const Threads threads = enough_threads(products * (p.dim + p.dim_v), all_threads);
     const int64_t used = std::count_if(units.begin(), units.end(), [](const Unit& u) { return u.items > 0; });
     const int64_t per_unit = std::max<int64_t>(1, int64_t(items.size()) / std::max<int64_t>(1, used));
-    const int64_t ahead = std::min(used, cdiv(2 * threads.count, per_unit)), slots = ahead + 1;
+    const int64_t places = std::min(used, 1 + cdiv(2 * threads.count, per_unit));
     PackedSize most{0, 0};
+    std::vector<int64_t> first_piece(batch + 1);
     for (int64_t s = 0; s < batch; ++s) {
-        const PackedSize size = k.packed_size(p, length(p.cu_seqlens_k, s));
+        const int64_t keys = length(p.cu_seqlens_k, s);
+        const PackedSize size = k.packed_size(p, keys);
         most = {std::max(most.keys, size.keys), std::max(most.values, size.values)};
+        first_piece[s + 1] = first_piece[s] + cdiv(keys, kPackedPiece);
     }
-    most = {(most.keys + 63) / 64 * 64, (most.values + 63) / 64 * 64};
+    most = {cdiv(most.keys, 64) * 64, cdiv(most.values, 64) * 64};
+    std::vector<int32_t> pieces(first_piece[batch] * p.kv_heads);
     const std::unique_ptr<char, void (*)(char*)> memory(
-        static_cast<char*>(take(std::max<int64_t>(64, slots * (most.keys + most.values)))),
+        static_cast<char*>(take(std::max<int64_t>(64, places * (most.keys + most.values)))),
         [](char* at) { give_back(at); });
-
-    struct Claim {
-        int64_t unit, item, pack;  // the item, or -1 and the piece to pack
-    };
-    std::vector<Claim> claims;
-    const auto claim_packs = [&](int64_t i) {
-        if (i >= used) return;
-        Unit& unit = units[order[i]];
-        unit.sequence = int32_t(order[i] / p.kv_heads), unit.kv_head = int32_t(order[i] % p.kv_heads);
-        unit.packs = cdiv(length(p.cu_seqlens_k, unit.sequence), kPackKeys);
-        unit.packs_left = unit.packs, unit.items_left = unit.items;
-        char* const at = memory.get() + i % slots * (most.keys + most.values);
-        unit.packed = {at, at + most.keys};
-        for (int64_t j = 0; j < unit.packs; ++j) claims.push_back({i, -1, j});
-    };
-    // Units without items are last: they cost nothing, and neither do those with items that list nothing.
-    std::stable_partition(order.begin(), order.end(), [&](int64_t u) { return units[u].items > 0; });
-    for (int64_t i = 0; i < ahead; ++i) claim_packs(i);
-    for (int64_t i = 0; i < used; ++i) {
-        const Unit& unit = units[order[i]];
-        for (int64_t j = 0; j < unit.items; ++j) claims.push_back({i, unit.first_item + j, 0});
-        claim_packs(i + ahead);
+    std::vector<Unit*> in_turn;
+    for (const int64_t u : order) {
+        Unit& unit = units[u];
+        if (unit.items == 0) continue;
+        const int64_t s = u / p.kv_heads,
+                      pieces_before = first_piece[s] * p.kv_heads +
+                                      u % p.kv_heads * (first_piece[s + 1] - first_piece[s]);
+        char* const at = memory.get() + int64_t(in_turn.size()) % places * (most.keys + most.values);
+        unit.packed = {at, at + most.keys, pieces.data() + pieces_before};
+        unit.items_left = unit.items;
+        place[u] = int64_t(in_turn.size());
+        in_turn.push_back(&unit);
     }
-    in_order(int64_t(claims.size()), threads, [&](int64_t c) {
-        const Claim& claim = claims[c];
-        Unit& unit = units[order[claim.unit]];
-        if (claim.item < 0) {
-            const Done done{unit.packs_left};
-            if (claim.unit >= slots) wait_for(units[order[claim.unit - slots]].items_left);
-            const int64_t keys = length(p.cu_seqlens_k, unit.sequence), begin = claim.pack * kPackKeys;
-            k.pack_keys(p, {unit.sequence, unit.kv_head, int32_t(begin),
-                            int32_t(std::min(keys, begin + kPackKeys)), unit.packed});
-            return;
-        }
+    in_order(int64_t(items.size()), threads, [&](int64_t i) {
+        const Item& item = items[i];
+        Unit& unit = units[item.unit];
         const Done done{unit.items_left};
-        wait_for(unit.packs_left);
-        const Item& item = items[claim.item];
-        k.varlen_forward(p, {int32_t(claim.item), item.bundle, 1, 0,
-                             int32_t(length(p.cu_seqlens_k, item.sequence)), nullptr, 0, unit.packed});
+        if (place[item.unit] >= places) wait_for(in_turn[place[item.unit] - places]->items_left);
+        k.varlen_forward(p, {int32_t(i), item.bundle, 1, 0, int32_t(length(p.cu_seqlens_k, item.sequence)),
+                             nullptr, 0, unit.packed});
     });
 }
 

@@ -16,7 +16,6 @@ namespace gapless::cpu {
 #define GAPLESS_TABLE(ISA)                                                                       \
     namespace ISA {                                                                              \
     PackedSize packed_size(const VarlenParams&, int64_t);                                        \
-    void pack_keys(const VarlenParams&, const PackItem&);                                        \
     void varlen_forward(const VarlenParams&, const ForwardItem&);                                \
     void varlen_merge(const VarlenParams&, const MergeItem&);                                    \
     void block_mass(const VarlenParams&, const ForwardItem&);                                    \
@@ -24,7 +23,7 @@ namespace gapless::cpu {
     void varlen_backward(const VarlenBackwardParams&, const BackwardItem&, const BackwardItem*); \
     BackwardSpace backward_space(const VarlenParams&, int64_t);                                  \
     Kernels table() {                                                                            \
-        return {#ISA,       packed_size,  pack_keys,       varlen_forward, varlen_merge,         \
+        return {#ISA,       packed_size,  varlen_forward,  varlen_merge,                         \
                 block_mass, varlen_delta, varlen_backward, backward_space};                      \
     }                                                                                            \
     }

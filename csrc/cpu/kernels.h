@@ -20,7 +20,6 @@ struct BackwardSpace {
 struct Kernels {
     const char* isa;
     PackedSize (*packed_size)(const VarlenParams&, int64_t keys);
-    void (*pack_keys)(const VarlenParams&, const PackItem&);
     /// One item of attention forward.
     void (*varlen_forward)(const VarlenParams&, const ForwardItem&);
     void (*varlen_merge)(const VarlenParams&, const MergeItem&);

@@ -12,6 +12,13 @@ namespace {
 
 constexpr int64_t kSharingRows = 576;  // rows that share one packing of keys; their state stays in L2
 
+/// Row of a key among the packed keys: blocks begin where the products can begin.
+template <class Products>
+GAPLESS_INLINE int64_t packed_row(const VarlenParams& p, int64_t key) {
+    const int64_t block = p.blocks ? p.blocks->block_k : kPackedPiece;
+    return key / block * round_up(block, Products::kKeyAlign) + key % block;
+}
+
 template <class E, class Products>
 class RowBlocks {
   public:
@@ -58,13 +65,12 @@ class RowBlocks {
         queries = c.take<char>(Products::panel_bytes(p, rows));
         scores = c.take<T>(kTileKeys * kStripRows);
         query_rows = c.take<const E*>(rows);
-        if (!item.packed.keys) {
-            key_rows = c.take<const E*>(kTileKeys);
-            value_rows = c.take<const E*>(kTileKeys);
-            packed = {c.take<char>(Products::key_bytes(p, kTileKeys)),
-                      c.take<char>(Products::value_bytes(p, kTileKeys))};
-        } else {
-            packed = item.packed;
+        key_rows = c.take<const E*>(kTileKeys);
+        value_rows = c.take<const E*>(kTileKeys);
+        packed = item.packed;
+        if (!packed.pieces) {
+            packed.keys = c.take<char>(Products::key_bytes(p, kTileKeys));
+            packed.values = c.take<char>(Products::value_bytes(p, kTileKeys));
         }
         lanes.carve(c, rows);
         products.carve(c);
@@ -151,11 +157,46 @@ class RowBlocks {
         return {begin, end, p.mass ? p.mass->block_k : INT64_MAX};
     }
 
-    void locate(const KeyRun& run) const {
-        for (int64_t i = 0; i < run.end - run.begin; ++i) {
-            key_rows[i] = keys.key(kv_head(), run.begin + i);
-            value_rows[i] = keys.value(kv_head(), run.begin + i);
+    /// Packs keys [begin, end), the first one to row `at`.
+    void pack(int64_t begin, int64_t end, int64_t at) const {
+        for (int64_t i = 0; i < end - begin; ++i) {
+            key_rows[i] = keys.key(kv_head(), begin + i);
+            value_rows[i] = keys.value(kv_head(), begin + i);
         }
+        Products::pack_keys(p, key_rows, value_rows, end - begin, packed, at);
+    }
+    void pack_piece(int64_t piece) const {
+        const int64_t begin = piece * kPackedPiece, end = least(keys.length, begin + kPackedPiece);
+        const int64_t block = p.blocks ? least(p.blocks->block_k, kPackedPiece) : kPackedPiece;
+        if (block % Products::kKeyAlign == 0) return pack(begin, end, packed_row<Products>(p, begin));
+        for (int64_t key = begin; key < end; key += block)
+            pack(key, least(end, key + block), packed_row<Products>(p, key));
+    }
+    void pack(Tile& tile) const {
+        for (int i = 0; i < tile.count; ++i) {
+            KeyRun& run = tile.runs[i];
+            if (!packed.pieces) {
+                pack(run.begin, run.end, run.packed = run.at);
+                continue;
+            }
+            for (int64_t piece = run.begin / kPackedPiece; piece * kPackedPiece < run.end; ++piece) {
+                int32_t* state = packed.pieces + piece;
+                int32_t nobody = 0;
+                if (__atomic_load_n(state, __ATOMIC_ACQUIRE) == 2) continue;
+                if (__atomic_compare_exchange_n(state, &nobody, 1, false, __ATOMIC_RELAXED,
+                                                __ATOMIC_RELAXED)) {
+                    pack_piece(piece);
+                    __atomic_store_n(state, 2, __ATOMIC_RELEASE);
+                } else {
+                    while (__atomic_load_n(state, __ATOMIC_ACQUIRE) != 2) {
+                    }
+                }
+            }
+        }
+    }
+    bool is_packed(const KeyRun& run) const {
+        return packed.pieces &&
+               __atomic_load_n(packed.pieces + run.begin / kPackedPiece, __ATOMIC_RELAXED) == 2;
     }
 
     /// Asks for a block's queries and its first tile of keys.
@@ -169,7 +210,7 @@ class RowBlocks {
     void expect(const Tile& tile) {
         for (int i = 0; i < tile.count; ++i) {
             const KeyRun& run = tile.runs[i];
-            if (item.packed.keys) {
+            if (is_packed(run)) {
                 products.expect(run.packed, run.end - run.begin);
                 continue;
             }
@@ -203,13 +244,7 @@ class RowBlocks {
         Tile tile, next;
         for (bool any = walk.next(tile); any;) {
             const bool more = walk.next(next);
-            if (!item.packed.keys)
-                for (int i = 0; i < tile.count; ++i) {
-                    KeyRun& run = tile.runs[i];
-                    locate(run);
-                    Products::pack_keys(p, key_rows, value_rows, run.end - run.begin, packed, run.at);
-                    run.packed = run.at;
-                }
+            pack(tile);
             ahead.clear();
             if (more) {
                 expect(next);

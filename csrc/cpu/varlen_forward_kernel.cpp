@@ -157,6 +157,15 @@ void varlen_forward(const VarlenParams& p, const ForwardItem& item) {
     by_products(p.dtype, [&]<class E, class Products>() { Forward<E, Products>(p, item).run(); });
 }
 
+PackedSize packed_size(const VarlenParams& p, int64_t keys) {
+    PackedSize size{};
+    by_products(p.dtype, [&]<class E, class Products>() {
+        const int64_t rows = packed_row<Products>(p, round_up(keys, kPackedPiece));
+        size = {Products::key_bytes(p, rows), Products::value_bytes(p, rows)};
+    });
+    return size;
+}
+
 void varlen_merge(const VarlenParams& p, const MergeItem& item) {
     by_dtype(p.dtype, [&]<class E>() {
         using T = typename Compute<E>::type;
