@@ -85,7 +85,8 @@ struct ForwardItem {
     int32_t key_begin, key_end;
     void* partial;  ///< null: the item writes the result itself; else [rows][dim_v + 2] of (out, max, sum)
     int64_t partial_stride;  ///< numbers from one bundle's to the next one's
-    PackedKeys packed;       ///< of all keys, or nulls: the item packs what it meets
+    PackedKeys packed{};     ///< of all keys, or nulls: the item packs what it meets
+    int32_t chunk = 0;       ///< keys that all listed blocks of the item meet before the next so many; 0: all
 };
 
 /// The parts of one query tile and bundle, [parts][rows][dim_v + 2], that ForwardItems left.
@@ -105,7 +106,7 @@ struct VarlenBackwardParams {
 };
 
 /// Keys in a tile of the backward pass over block lists: a multiple of every size of block.
-constexpr int64_t kListedKeys = 512;
+constexpr int64_t kListedKeys = 1024;
 
 /// One key tile of one kv head. The tiles of a sequence and head add to the same dq, one after another in
 /// their order.

@@ -45,8 +45,8 @@ struct TileProduct {
     int64_t c_row;
     int64_t rows, lanes, depth;
     bool add;
-    Ahead* ahead = nullptr;       // what to bring near meanwhile
-    int64_t a_step = kTileDepth;  // from one run of 32 terms of a to the next
+    Ahead* ahead = nullptr;              // what to bring near meanwhile
+    const bf16* const* steps = nullptr;  // where each run of 32 terms of a begins, if not after the last one
 };
 
 template <int kRows, int kLanes_>
@@ -67,7 +67,8 @@ GAPLESS_INLINE void tile_block(const TileProduct& p, int64_t m, int64_t n) {
         if constexpr (kRows > 1) _tile_zero(2);
         if constexpr (kRows > 1 && kLanes_ > 1) _tile_zero(3);
     }
-    for (int64_t k = 0; k < p.depth; k += kTileDepth, a += 2 * p.a_step, b += kTile * b_stride) {
+    for (int64_t k = 0; k < p.depth; k += kTileDepth, a += 64, b += kTile * b_stride) {
+        if (p.steps) a = reinterpret_cast<const char*>(p.steps[k / kTileDepth] + m * p.a_row);
         if (p.ahead)
             if (const char* const* lines = p.ahead->take(kTile))
                 for (int i = 0; i < kTile; ++i) Ahead::touch(lines[i]);

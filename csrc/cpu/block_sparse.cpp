@@ -54,6 +54,7 @@ struct Unit {
 struct Item {
     int32_t sequence, bundle, begin, end;  // queries
     int64_t unit, cost;
+    int32_t chunk;
 };
 
 /// Counts down when a piece of work is done, however it ends, so that nobody waits for it for ever.
@@ -74,6 +75,18 @@ int64_t listed_keys(const VarlenParams& p, int64_t row, int64_t visible) {
         return std::lower_bound(from, to, cdiv(visible, l.block_k)) - from;
     };
     return l.block_k * (below(l.ids, l.offsets) + below(l.partial, l.partial_offsets));
+}
+
+/// Keys that stay in a core's own cache while several rows of the lists meet them, if each has enough blocks
+/// there to be worth a visit; else 0. Part of the result's bits, so it depends on the lists only.
+int32_t chunk_of(const VarlenParams& p, int64_t row, int64_t rows, int64_t keys) {
+    constexpr int64_t kBytes = 1 << 20, kWorthwhile = 3, kSample = 1024;
+    const BlockLists& l = *p.blocks;
+    const PackedSize size = kernels().packed_size(p, kSample);
+    const int64_t chunk = std::max<int64_t>(1, kBytes * kSample / (size.keys + size.values) / 256) * 256;
+    const int64_t listed = int64_t{l.offsets[row + rows]} - l.offsets[row] + l.partial_offsets[row + rows] -
+                           l.partial_offsets[row];
+    return chunk < keys && listed * chunk >= kWorthwhile * rows * keys ? int32_t(chunk) : 0;
 }
 
 }  // namespace
@@ -100,9 +113,11 @@ void block_sparse_forward(const VarlenParams& params, int64_t batch, const Threa
     VarlenParams p = params;
     const BlockLists& l = *p.blocks;
     const int64_t group = p.heads / p.bundles, bundles = p.bundles / p.kv_heads;
-    // Neighbouring blocks of queries often see the same keys, so an item has several.
-    constexpr int64_t kItemRows = 256;
-    const int64_t together = std::max<int64_t>(1, kItemRows / (l.block_q * group)) * l.block_q;
+    // The more rows an item has, the more of them find keys that another one has brought near.
+    int64_t item_rows = 1024;
+    while (item_rows > 256 && p.total_q * p.heads < item_rows * kItemsPerThread * all_threads.count)
+        item_rows /= 2;
+    const int64_t together = std::max<int64_t>(1, item_rows / (l.block_q * group)) * l.block_q;
 
     std::vector<Unit> units(batch * p.kv_heads);
     std::vector<Item> items;
@@ -112,6 +127,7 @@ void block_sparse_forward(const VarlenParams& params, int64_t batch, const Threa
         for (int32_t bundle = 0; bundle < p.bundles; ++bundle) {
             const int64_t u = s * p.kv_heads + bundle / bundles;
             const int64_t row = int64_t{bundle} * l.heads / p.bundles * l.rows_per_head + l.first_row[s];
+            const int32_t chunk = chunk_of(p, row, cdiv(queries, l.block_q), keys);
             for (int64_t begin = 0; begin < queries; begin += together) {
                 const int64_t end = std::min(queries, begin + together);
                 int64_t cost = 0;
@@ -122,7 +138,7 @@ void block_sparse_forward(const VarlenParams& params, int64_t batch, const Threa
                     cost += (last - q) * listed_keys(p, row + q / l.block_q, visible);
                 }
                 units[u].cost += cost, products += cost * group;
-                items.push_back({int32_t(s), bundle, int32_t(begin), int32_t(end), u, cost});
+                items.push_back({int32_t(s), bundle, int32_t(begin), int32_t(end), u, cost, chunk});
             }
         }
     }
@@ -182,7 +198,7 @@ void block_sparse_forward(const VarlenParams& params, int64_t batch, const Threa
         const Done done{unit.items_left};
         if (place[item.unit] >= places) wait_for(in_turn[place[item.unit] - places]->items_left);
         k.varlen_forward(p, {int32_t(i), item.bundle, 1, 0, int32_t(length(p.cu_seqlens_k, item.sequence)),
-                             nullptr, 0, unit.packed});
+                             nullptr, 0, unit.packed, item.chunk});
     });
 }
 
@@ -231,8 +247,7 @@ void block_mass(const VarlenParams& params, int64_t batch, bool with_outputs, co
     in_order(int64_t(cut.size()) * p.heads, threads, [&](int64_t i) {
         const int32_t tile = int32_t(i / p.heads);
         const ForwardItem item{
-            tile, int32_t(i % p.heads), 1, 0, int32_t(length(p.cu_seqlens_k, tiles[3 * tile])), nullptr, 0,
-            {}};
+            tile, int32_t(i % p.heads), 1, 0, int32_t(length(p.cu_seqlens_k, tiles[3 * tile])), nullptr, 0};
         (with_outputs ? k.varlen_forward : k.block_mass)(p, item);
     });
 }

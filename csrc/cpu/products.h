@@ -58,7 +58,7 @@ class VectorProducts {
     }
     void use(const PackedKeys& packed) {
         keys = static_cast<const T*>(packed.keys), values = static_cast<const T*>(packed.values);
-    }
+    }  /// Asks for packed keys.
     void expect(int64_t at, int64_t count) const {
         ahead.add(keys + at * dim, count * dim * int64_t(sizeof(T)));
         ahead.add(values + at * dim_v, count * dim_v * int64_t(sizeof(T)));
@@ -105,11 +105,12 @@ class VectorProducts {
         }
     }
 
-    void outputs(const Strip<T>& strip, const Segment* segments, int count, int vecs) const {
-        // The first segment's product rescales what is there, if it has every vector; else that takes a round
-        // of its own.
-        const bool fused = segments[0].vec_begin == 0 && segments[0].vec_end == vecs;
-        if (!fused) rescale(strip, p.dim_v, vecs);
+    /// Adds a tile's part to the outputs, which hold nothing yet if they are `fresh`.
+    void outputs(const Strip<T>& strip, const Segment* segments, int count, int vecs, bool fresh) const {
+        // The first segment's product clears or rescales what is there, if it has every vector; else that
+        // takes a round of its own.
+        const bool whole = segments[0].vec_begin == 0 && segments[0].vec_end == vecs;
+        if (!whole) rescale(strip, p.dim_v, vecs, fresh);
         for (int i = 0; i < count; ++i) {
             const Segment& s = segments[i];
             const int64_t lane = s.vec_begin * kLanes<T>;
@@ -123,18 +124,20 @@ class VectorProducts {
                             s.end - s.begin,
                             strip.factor + lane,
                             &ahead};
-            if (fused && i == 0)
-                gemm<Init::kScale>(g, p.dim_v, s.vec_end - s.vec_begin);
-            else
+            if (i > 0 || !whole)
                 gemm<Init::kAdd>(g, p.dim_v, s.vec_end - s.vec_begin);
+            else if (fresh)
+                gemm<Init::kZero>(g, p.dim_v, s.vec_end - s.vec_begin);
+            else
+                gemm<Init::kScale>(g, p.dim_v, s.vec_end - s.vec_begin);
         }
     }
 
-    static void rescale(const Strip<T>& strip, int64_t dim_v, int vecs) {
+    static void rescale(const Strip<T>& strip, int64_t dim_v, int vecs, bool fresh) {
         for (int64_t i = 0; i < dim_v; ++i)
             for (int64_t lane = 0; lane < vecs * kLanes<T>; lane += kLanes<T>) {
                 T* o = strip.out + i * strip.width + lane;
-                store(o, load(o) * load(strip.factor + lane));
+                store(o, fresh ? Vec<T>{} : load(o) * load(strip.factor + lane));
             }
     }
 
@@ -182,10 +185,7 @@ class TileProducts {
     void use(const PackedKeys& packed) {
         keys = static_cast<const bf16*>(packed.keys), values = static_cast<const bf16*>(packed.values);
     }
-    void expect(int64_t at, int64_t count) const {
-        ahead.add(keys + at * depth, count * depth * 2);
-        ahead.add(values + at * dim_v, count * dim_v * 2);
-    }
+    void expect(int64_t, int64_t) const {}  // tile loads run through whole rows, which the hardware foresees
 
     void pack_queries(const bf16* const* rows, int64_t count, void* panel, int64_t width) const {
         pack_lanes(rows, count, p.dim, static_cast<uint32_t*>(panel), width);
@@ -240,17 +240,25 @@ class TileProducts {
             std::memset(to, 0, n * kTile * sizeof(uint32_t));
     }
 
-    void outputs(const Strip<float>& strip, const Segment* segments, int count, int vecs) const {
-        bool same = true;
+    void outputs(const Strip<float>& strip, const Segment* segments, int count, int vecs, bool fresh) const {
+        bool whole = true, same = true;  // every segment has every vector; no lane is rescaled
+        for (int i = 0; i < count; ++i) whole &= segments[i].vec_begin == 0;
         for (int v = 0; v < vecs; ++v)
             same &= _mm512_cmpeq_ps_mask((__m512)load(strip.factor + v * kTile), _mm512_set1_ps(1)) == 0xffff;
-        if (!same) VectorProducts<float>::rescale(strip, p.dim_v, vecs);
-        for (int i = 0; i < count; ++i) {
-            const Segment& s = segments[i];
-            const int64_t lane = s.vec_begin * kTile;
-            multiply({values + s.packed * dim_v, kTileDepth, pairs + s.at / 2 * strip.width + lane,
-                      strip.width, strip.out + lane, strip.width, dim_v, strip.width - lane,
-                      round_up(s.end - s.begin, kTileDepth), true, &ahead, kTileDepth * dim_v});
+        if (fresh ? !whole : !same) VectorProducts<float>::rescale(strip, dim_v, vecs, fresh);
+        // Segments that follow one another, of the same vectors, are one product.
+        const bf16* steps[kTileKeys / kTileDepth];
+        for (int i = 0; i < count;) {
+            const int64_t at = segments[i].at, lane = segments[i].vec_begin * kTile;
+            int64_t depth = 0;
+            for (const int vec = segments[i].vec_begin;
+                 i < count && segments[i].vec_begin == vec && segments[i].at == at + depth; ++i)
+                for (int64_t key = 0; key < segments[i].end - segments[i].begin; key += kTileDepth)
+                    steps[depth / kTileDepth] = values + (segments[i].packed + key) * dim_v,
+                                  depth += kTileDepth;
+            multiply({nullptr, kTileDepth, pairs + at / 2 * strip.width + lane, strip.width, strip.out + lane,
+                      strip.width, dim_v, strip.width - lane, depth, !fresh || !whole, &ahead, steps});
+            fresh = false;
         }
     }
 

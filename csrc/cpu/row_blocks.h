@@ -59,7 +59,11 @@ class RowBlocks {
     PackedKeys packed;  // of the present tile
     Lanes<T> lanes;
 
-    int64_t most_rows() const { return least(kSharingRows, padded<T>(row_end - row_begin)); }
+    int64_t most_rows() const {
+        const int64_t rows = padded<T>(row_end - row_begin);
+        if (!p.blocks) return least(kSharingRows, rows);
+        return item.chunk ? rows : least(p.blocks->block_q * group, rows);
+    }
     void carve(Carver& c) {
         const int64_t rows = most_rows();
         queries = c.take<char>(Products::panel_bytes(p, rows));
@@ -138,15 +142,57 @@ class RowBlocks {
 
   private:
     int64_t block_end(int64_t row) const {
-        const int64_t end = least(row_end, row + kSharingRows);
-        if (!p.blocks) return end;
+        if (!p.blocks) return least(row_end, row + kSharingRows);
         const int64_t rows = p.blocks->block_q * group;  // that have one list
-        return least(end, (row / rows + 1) * rows);
+        return item.chunk ? row_end : least(row_end, (row / rows + 1) * rows);
     }
 
-    KeyWalk keys_of(int64_t row) const {
-        const int64_t begin = most(item.key_begin, map.begin(row)),
-                      end = least(item.key_end, map.end(block_end(row) - 1));
+    /// Rows [at, at + rows) of a block, and keys that they meet.
+    struct Meeting {
+        int64_t at, rows;
+        Tile tile;
+    };
+    /// All of a block. Rows that have lists of their own meet one chunk of the keys after another, so that
+    /// what one of them has brought near is still there for the next.
+    class Meetings {
+      public:
+        Meetings(const RowBlocks& b, int64_t row)
+            : b_(b),
+              row_(row),
+              rows_(b.block_end(row) - row),
+              span_(b.p.blocks ? b.p.blocks->block_q * b.group : rows_),
+              chunk_(b.item.chunk ? b.item.chunk : INT64_MAX),
+              end_(b.keys_end(row + rows_)),
+              walk_(b.keys_of(row, row + span_end(), 0, chunk_)) {}
+
+        int64_t span_end() const { return least(rows_, at_ + span_); }
+        bool next(Meeting& m) {
+            while (!walk_.next(m.tile)) {
+                at_ = span_end();
+                if (at_ == rows_) {
+                    at_ = 0;
+                    if (chunk_ >= end_ - from_) return false;
+                    from_ += chunk_;
+                }
+                walk_ = b_.keys_of(row_ + at_, row_ + span_end(), from_, least(chunk_, end_ - from_));
+            }
+            m.at = at_, m.rows = span_end() - at_;
+            return true;
+        }
+
+      private:
+        const RowBlocks& b_;
+        const int64_t row_, rows_, span_, chunk_, end_;
+        int64_t at_ = 0, from_ = 0;
+        KeyWalk walk_;
+    };
+
+    int64_t keys_end(int64_t end_row) const { return least(item.key_end, map.end(end_row - 1)); }
+    /// Of the keys from `from` on, `count` at most, those that rows [row, end_row) with one list meet.
+    KeyWalk keys_of(int64_t row, int64_t end_row, int64_t from, int64_t count) const {
+        const int64_t begin = most(from, most(item.key_begin, map.begin(row)));
+        int64_t end = keys_end(end_row);
+        if (count < end - from) end = from + count;
         if (p.blocks) {
             const int64_t head = bundle * p.blocks->heads / p.bundles;
             return {*p.blocks,
@@ -155,6 +201,18 @@ class RowBlocks {
                     Products::kKeyAlign, begin, end};
         }
         return {begin, end, p.mass ? p.mass->block_k : INT64_MAX};
+    }
+
+    /// Calls f(at, rows) for each strip of rows [begin, end) of a block.
+    template <class F>
+    static GAPLESS_INLINE void each_strip(int64_t begin, int64_t end, const F& f) {
+        for (int64_t at = begin; at < end; at += kStripRows) f(at, least(kStripRows, end - at));
+    }
+    /// And of all its rows, none of which crosses from one list to the next.
+    template <class F>
+    GAPLESS_INLINE void each_strip(int64_t rows, const F& f) const {
+        const int64_t span = p.blocks ? p.blocks->block_q * group : rows;
+        for (int64_t at = 0; at < rows; at += span) each_strip(at, least(rows, at + span), f);
     }
 
     /// Packs keys [begin, end), the first one to row `at`.
@@ -203,9 +261,8 @@ class RowBlocks {
     void expect(int64_t row) {
         each_row<const E>(p.q, row, block_end(row),
                           [&](int64_t, const E* at) { ahead.add(at, p.dim * int64_t(sizeof(E))); });
-        Tile tile;
-        KeyWalk walk = keys_of(row);
-        if (walk.next(tile)) expect(tile);
+        Meeting first;
+        if (Meetings(*this, row).next(first)) expect(first.tile);
     }
     void expect(const Tile& tile) {
         for (int i = 0; i < tile.count; ++i) {
@@ -235,29 +292,27 @@ class RowBlocks {
         lanes.fill(p, map, keys.sequence, bundle, row, rows, padded<T>(rows));
         each_row<const E>(p.q, row, row + rows, [&](int64_t i, const E* at) { query_rows[i] = at; });
         kernel.start(row, rows);
-        for (int64_t at = 0; at < rows; at += kStripRows) {
-            const int64_t count = least(kStripRows, rows - at);
+        each_strip(rows, [&](int64_t at, int64_t count) {
             products.pack_queries(query_rows + at, count, queries + Products::panel_bytes(p, at),
                                   padded<T>(count));
-        }
-        KeyWalk walk = keys_of(row);
-        Tile tile, next;
-        for (bool any = walk.next(tile); any;) {
-            const bool more = walk.next(next);
-            pack(tile);
+        });
+        Meetings meetings(*this, row);
+        Meeting now, next;
+        for (bool any = meetings.next(now); any;) {
+            const bool more = meetings.next(next);
+            pack(now.tile);
             ahead.clear();
             if (more) {
-                expect(next);
+                expect(next.tile);
             } else {
                 kernel.expect_results(row, rows);
                 expect_next(row);
             }
-            for (int64_t at = 0; at < rows; at += kStripRows)
-                kernel.strip(row, at, least(kStripRows, rows - at), tile);
-            tile = next, any = more;
+            each_strip(now.at, now.at + now.rows,
+                       [&](int64_t at, int64_t count) { kernel.strip(row, at, count, now.tile); });
+            now = next, any = more;
         }
-        for (int64_t at = 0; at < rows; at += kStripRows)
-            kernel.finish(row, at, least(kStripRows, rows - at));
+        each_strip(rows, [&](int64_t at, int64_t count) { kernel.finish(row, at, count); });
     }
 
     void modify(const Segment& s, int64_t at, const Strip<T>& strip) const {

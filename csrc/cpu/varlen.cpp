@@ -120,14 +120,9 @@ void varlen_forward(const VarlenParams& p, const VarlenSizes& sizes, const Threa
     in_order(int64_t(parts.size()) * groups, threads, [&](int64_t i) {
         const Part& part = parts[i / groups];
         const int64_t head = i % groups * together, heads = std::min(together, p.bundles - head);
-        k.varlen_forward(p, {part.tile,
-                             int32_t(head),
-                             int32_t(heads),
-                             part.begin,
-                             part.end,
+        k.varlen_forward(p, {part.tile, int32_t(head), int32_t(heads), part.begin, part.end,
                              part.partial < 0 ? nullptr : address(part.partial, int32_t(head)),
-                             partial_rows * (p.dim_v + 2),
-                             {}});
+                             partial_rows * (p.dim_v + 2)});
     });
     in_order(int64_t(merges.size()) * p.bundles, threads, [&](int64_t i) {
         const Merge& merge = merges[i / p.bundles];

@@ -31,6 +31,7 @@ class Forward : public RowBlocks<E, Products> {
   private:
     friend Base;
     T *out, *top, *sum, *factor;
+    bool* begun;  // whether `out` holds anything, at a strip's first row
     E** out_rows;
     T** lse_of_row;
     BlockSums<T> masses;
@@ -42,6 +43,7 @@ class Forward : public RowBlocks<E, Products> {
         top = c.take<T>(rows);
         sum = c.take<T>(rows);
         factor = c.take<T>(kStripRows);
+        begun = c.take<bool>(rows);
         out_rows = c.take<E*>(rows);
         lse_of_row = c.take<T*>(rows);
         if (p.mass) masses.carve(c, *p.mass, map.len_k, rows);
@@ -59,7 +61,7 @@ class Forward : public RowBlocks<E, Products> {
             sum[i] = sink ? 1 : 0;
         });
         for (int64_t i = rows; i < padded<T>(rows); ++i) top[i] = -kInfinity<T>, sum[i] = 0;
-        std::memset(out, 0, padded<T>(rows) * Products::out_width(p) * sizeof(T));
+        std::memset(begun, 0, padded<T>(rows));
         if (p.mass) masses.clear();
     }
 
@@ -106,7 +108,8 @@ class Forward : public RowBlocks<E, Products> {
                         masses.add(s.begin, at + (s.vec_begin + v) * w, total[v], b[v]);
             });
         }
-        products.outputs(strip, segments, count, view.vecs);
+        products.outputs(strip, segments, count, view.vecs, !begun[at]);
+        begun[at] = true;
         for (int v = 0; v < view.vecs; ++v) store(sum + at + v * w, part[v]);
     }
 
@@ -124,6 +127,8 @@ class Forward : public RowBlocks<E, Products> {
     void finish(int64_t row, int64_t at, int64_t rows) {
         constexpr int w = kLanes<T>;
         const int64_t width = padded<T>(rows);
+        if (!begun[at])
+            std::memset(out + at * Products::out_width(p), 0, width * Products::out_width(p) * sizeof(T));
         if (item.partial) return keep_partial(row, at, rows);
         T lse[kStripRows];
         for (int64_t i = 0; i < rows; i += w) {
