@@ -7,4 +7,8 @@ from gapless import _C  # noqa: F401  (its import registers the operators)
 
 varlen_attention_fwd = torch.ops.gapless.varlen_attention_fwd.default
 varlen_attention_bwd = torch.ops.gapless.varlen_attention_bwd.default
+block_sparse_fwd = torch.ops.gapless.block_sparse_fwd.default
+block_sparse_bwd = torch.ops.gapless.block_sparse_bwd.default
+block_mass = torch.ops.gapless.block_mass.default
+attention_mass_fwd = torch.ops.gapless.attention_mass_fwd.default
 cpu_isa = torch.ops.gapless.cpu_isa.default

@@ -49,6 +49,11 @@ class Case(NamedTuple):
         )
 
 
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Uniform from 0 to 1, the same in every run."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 CAUSAL = {"causal": True}
 LONG_SUMS = "23 gradients of sums over 256 values each, added one by one where the reference adds in blocks"
 ONE_KEY = (
@@ -104,11 +109,11 @@ CASES = [
     Case("softcap_saturated", [33, 20], options={"softcap": 0.05}),
     Case("alibi", [33, 140], options={"alibi_slopes": SLOPES, "causal": True}),
     Case("alibi_both_sides", [33, 14], [20, 60], options={"alibi_slopes": SLOPES}),
-    Case("alibi_per_sequence", [33, 14], options={"alibi_slopes": torch.rand(2, 2), "causal": True}),
+    Case("alibi_per_sequence", [33, 14], options={"alibi_slopes": random(2, 2), "causal": True}),
     Case(
         "everything", [40, 0, 66, 9], [70, 5, 30, 0], heads=4, kv_heads=2, dim=20, dim_v=12,
         options={
-            "causal": True, "window": (25, -1), "softcap": 3.0, "scale": 0.4, "alibi_slopes": torch.rand(4) / 8,
+            "causal": True, "window": (25, -1), "softcap": 3.0, "scale": 0.4, "alibi_slopes": random(4) / 8,
             "sinks": torch.tensor([0.5, -2.0, 3.0, 0.0]),
         },
     ),
@@ -316,7 +321,7 @@ def test_paged(name: str, page_size: int, dtype: torch.dtype):
     lengths_q, lengths_k = PAGED[name]
     batch = make_batch(lengths_q, lengths_k, heads=4, kv_heads=2, dim=24, dim_v=16, dtype=dtype)
     pages = scatter_pages(batch.k, batch.v, lengths_k, page_size)
-    options = {"causal": True, "softcap": 4.0, "sinks": torch.randn(4)}
+    options = {"causal": True, "softcap": 4.0, "sinks": 4 * random(4) - 2}
     out, lse = native(
         batch.q, pages.k, pages.v, batch.cu_seqlens_q, seqused_k=pages.seqused_k, block_table=pages.block_table,
         return_lse=True, **options,

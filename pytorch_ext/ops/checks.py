@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 INT32_MAX = 2**31 - 1
+MAX_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensors(**tensors: Any) -> None:
@@ -33,6 +36,12 @@ def check_shape(name: str, t: Tensor, shape: Sequence[int | str]) -> None:
         raise ValueError(f"{name} has shape {list(t.shape)}: it has to be [{', '.join(map(str, shape))}]")
 
 
+def check_device(name: str, t: Tensor | None, like: Tensor, of: str = "q") -> None:
+    """``t``, if there is one, is where ``like`` is, the argument called ``of``."""
+    if t is not None and t.device != like.device:
+        raise ValueError(f"{name} is on {t.device}, {of} is on {like.device}: they have to be on one device")
+
+
 def check_integers(name: str, t: Tensor, shape: Sequence[int | str], like: Tensor) -> None:
     """int32 or int64, of the shape, on the device of ``like``."""
     check_tensors(**{name: t})
@@ -41,6 +50,54 @@ def check_integers(name: str, t: Tensor, shape: Sequence[int | str], like: Tenso
     check_shape(name, t, shape)
     if t.device != like.device:
         raise ValueError(f"{name} is on {t.device}: it has to be on {like.device}, as the rest")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, paged: bool = False) -> None:
+    """Shapes, dtypes and devices of packed queries, keys and values agree; with ``paged`` keys lie in pages."""
+    check_tensors(q=q, k=k, v=v)
+    if q.dim() != 3:
+        raise ValueError(f"q has shape {list(q.shape)}: it has to be [tokens, heads, dim]")
+    _, heads, dim = q.shape
+    dtype, device = q.dtype, q.device
+    for name, t in (("k", k), ("v", v)):
+        if t.dim() != (4 if paged else 3):
+            raise ValueError(f"{name} has shape {list(t.shape)}: it has to be {key_shape(paged)}")
+        if t.dtype != dtype:
+            raise TypeError(f"{name} is {t.dtype}, q is {dtype}: they have to be the same")
+        if t.device != device:  # a call for each tensor would cost more than the comparison
+            check_device(name, t, q)
+    if dtype not in DTYPES:
+        raise TypeError(f"q is {dtype}: it has to be float32, bfloat16, float16 or float64")
+    *tokens, kv_heads, dim_k = k.shape
+    *tokens_v, kv_heads_v, dim_v = v.shape
+    if tokens != tokens_v or kv_heads != kv_heads_v:
+        raise ValueError(f"k has shape {list(k.shape)}, v has {list(v.shape)}: only the last may differ")
+    if dim_k != dim:
+        raise ValueError(f"k has head dim {dim_k}, q has {dim}: they have to be the same")
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"q has {heads} heads, k has {kv_heads}: the first has to be a multiple of the second"
+        )
+    if not (1 <= dim <= MAX_DIM and 1 <= dim_v <= MAX_DIM):
+        raise ValueError(f"head dims are {dim} (q, k) and {dim_v} (v): they have to be from 1 to {MAX_DIM}")
+
+
+def check_softcap(softcap: Any) -> None:
+    """None (0) or a cap."""
+    if number("softcap", softcap) < 0:
+        raise ValueError(f"softcap is {softcap}: it has to be 0 (none) or positive")
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Forward-mode derivatives are asked of one of them; nobody asks outside of a dual level."""
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def key_shape(paged: bool) -> str:
+    """How messages write the shape of keys and values."""
+    return "[num_pages, page_size, kv_heads, dim]" if paged else "[tokens, kv_heads, dim]"
 
 
 def number(name: str, value: Any) -> float:

@@ -15,6 +15,8 @@ def choose(impl: str, reasons: Mapping[str, Callable[[Any], list[str]]], inputs:
     An explicit ``impl`` never falls back: if it cannot take ``inputs``, a ValueError lists every reason.
     ``reasons`` maps implementation names, best first, to functions that list what stands in their way.
     """
+    if not isinstance(impl, str):
+        raise TypeError(f"impl is {impl!r:.80}, of type {type(impl).__name__}: it has to be a string")
     if impl == "auto":
         refused = {}
         for name, unsupported in reasons.items():

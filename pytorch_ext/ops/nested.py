@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from gapless.ops.checks import check_device
 from gapless.ops.impl import Impl
 from gapless.ops.varlen import Options, varlen_attention
 from gapless.plan.varlen import VarlenPlan
@@ -72,10 +73,7 @@ def nested_attention(
     if len(set(jagged.values())) != 1:
         raise ValueError(f"the jagged dims are {jagged}: nt_q, nt_k and nt_v need the same form")
     for name, t in (("nt_k", nt_k), ("nt_v", nt_v)):
-        if t.device != nt_q.device:
-            raise ValueError(
-                f"{name} is on {t.device}, nt_q is on {nt_q.device}: they have to be on one device"
-            )
+        check_device(name, t, nt_q, "nt_q")
         if t.shape[0] != nt_q.shape[0]:
             raise ValueError(
                 f"{name} has {t.shape[0]} sequences, nt_q has {nt_q.shape[0]}: they have to be equal"

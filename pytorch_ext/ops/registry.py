@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -29,8 +30,21 @@ def _bwd_fake(dout, dlse, q, k, v, out, lse, plan, alibi_slopes, sinks, score, w
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
-torch.library.register_fake("gapless::varlen_attention_fwd", _fwd_fake, lib=_library)
-torch.library.register_fake("gapless::varlen_attention_bwd", _bwd_fake, lib=_library)
+def _sparse_fwd_fake(q, k, v, layout, blocks, score, window):
+    return _fwd_fake(q, k, v, None, None, None, None, None, score, window)
+
+
+def _sparse_bwd_fake(dout, dlse, q, k, v, out, lse, layout, blocks, score, window):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _mass_fake(q, k, lse, plan, blocks, score, window):
+    return q.new_empty(q.shape[1], *blocks[2:], dtype=_lse_dtype(q))
+
+
+def _fwd_mass_fake(q, k, v, plan, blocks, score, window):
+    out, lse = _sparse_fwd_fake(q, k, v, plan, blocks, score, window)
+    return out, lse, _mass_fake(q, k, lse, plan, blocks, score, window)
 
 
 # Planning inside a compiled graph, where Python cannot see the lengths.
@@ -78,25 +92,28 @@ def triton_unusable(device: torch.device) -> list[str]:
     return [f"it runs on CUDA tensors, not on {device.type} (TRITON_INTERPRET=1 emulates it, slowly)"]
 
 
-def _define_twin(name: str, fake: Any) -> None:
+def _define_twin(name: str, module: str, fake: Any) -> Any:
+    """The handle of ``name``'s twin, whose kernels are in ``module``; ``fake`` becomes the fake of both."""
     schema = getattr(torch.ops.gapless, name).default._schema
     twin = str(schema).replace(f"gapless::{name}", f"{name}_triton", 1)
     _library.define(twin)
-    torch.library.register_fake(f"gapless::{name}_triton", fake, lib=_library)
+    for op in (name, f"{name}_triton"):
+        torch.library.register_fake(f"gapless::{op}", fake, lib=_library)
 
     def run(*args):
-        from gapless.kernels import varlen_attention
-
-        return getattr(varlen_attention, name)(*args)
+        return getattr(importlib.import_module(f"gapless.kernels.{module}"), name)(*args)
 
     for key in ("CPU", "CUDA"):
         _library.impl(f"{name}_triton", run, key)
+    return getattr(torch.ops.gapless, f"{name}_triton").default
 
 
-_define_twin("varlen_attention_fwd", _fwd_fake)
-_define_twin("varlen_attention_bwd", _bwd_fake)
-varlen_attention_fwd_triton = torch.ops.gapless.varlen_attention_fwd_triton.default
-varlen_attention_bwd_triton = torch.ops.gapless.varlen_attention_bwd_triton.default
+varlen_attention_fwd_triton = _define_twin("varlen_attention_fwd", "varlen_attention", _fwd_fake)
+varlen_attention_bwd_triton = _define_twin("varlen_attention_bwd", "varlen_attention", _bwd_fake)
+block_sparse_fwd_triton = _define_twin("block_sparse_fwd", "block_sparse_attention", _sparse_fwd_fake)
+block_sparse_bwd_triton = _define_twin("block_sparse_bwd", "block_sparse_attention", _sparse_bwd_fake)
+block_mass_triton = _define_twin("block_mass", "block_mass", _mass_fake)
+attention_mass_fwd_triton = _define_twin("attention_mass_fwd", "block_mass", _fwd_mass_fake)
 
 
 # flash-attn, an optional peer.

@@ -7,16 +7,21 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from gapless import _native
 from gapless.ops import registry
 from gapless.ops.checks import (
+    DTYPES,
     INT32_MAX,
+    check_device,
     check_pages,
+    check_qkv,
     check_range,
+    check_softcap,
     check_tensors,
+    has_tangent,
+    key_shape,
     number,
     readable,
     window_sides,
@@ -27,9 +32,6 @@ from gapless.reference import varlen as reference
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-MAX_DIM = 256
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Inputs(NamedTuple):
@@ -203,17 +205,17 @@ def varlen_attention(
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     )
-    has_tangent = _has_tangent(q, k, v, sinks)
-    if (needs_grad or has_tangent) and (seqused_k is not None or block_table is not None):
+    tangent = has_tangent(q, k, v, sinks)
+    if (needs_grad or tangent) and (seqused_k is not None or block_table is not None):
         name = "seqused_k" if block_table is None else "block_table"
         raise ValueError(f"{name} is for inference: call it under torch.no_grad() or detach its inputs")
     inputs = Inputs(
-        q, k, v, alibi_slopes, sinks, seqused_k, block_table, softcap, needs_grad, return_lse, has_tangent
+        q, k, v, alibi_slopes, sinks, seqused_k, block_table, softcap, needs_grad, return_lse, tangent
     )
     name = choose(impl, REASONS, inputs)
-    tensors = _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, bounds, plan)
+    tensors = plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, bounds, plan)
     if name != "native":  # whose operator looks at the values itself
-        _check_values(q, k, tensors, seqused_k, block_table)
+        check_plan_values(q, k, tensors, seqused_k, block_table)
     if name == "reference":
         out, lse = reference.varlen_attention(
             q,
@@ -242,7 +244,7 @@ def varlen_attention(
             fwd = _native.varlen_attention_fwd if name == "native" else registry.varlen_attention_fwd_triton
             out, lse = fwd(q, k, v, tensors, seqused_k, block_table, alibi_slopes, sinks, score, limits)
     except RuntimeError:
-        _check_values(q, k, tensors, seqused_k, block_table)
+        check_plan_values(q, k, tensors, seqused_k, block_table)
         raise
     return (out, lse) if return_lse else out
 
@@ -272,7 +274,7 @@ class _VarlenAttention(torch.autograd.Function):
         return dq, dk, dv, None, None if sinks is None else dsinks, *[None] * (3 + len(plan))
 
 
-def _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, window, plan) -> list[Tensor]:
+def plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, window, plan) -> list[Tensor]:
     paged, device = block_table is not None, q.device
     total_k = None if paged else k.shape[0]
     if plan is not None:
@@ -293,8 +295,7 @@ def _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, window, plan) -
             f"k has {total_k} tokens, q has {q.shape[0]}: give cu_seqlens_k where the lengths differ"
         )
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if t is not None and t.device != device:
-            raise ValueError(f"{name} is on {t.device}, q is on {device}: they have to be on one device")
+        check_device(name, t, q)
     if torch.compiler.is_compiling():
         return list(registry.varlen_plan(cu_seqlens_q, cu_seqlens_k, q.shape[0], total_k, list(window)))
     made = cache.get(
@@ -307,48 +308,14 @@ def _plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, window, plan) -
     return made.tensors
 
 
-def _has_tangent(*tensors: Tensor | None) -> bool:
-    """Forward-mode derivatives are asked of one of them; nobody asks outside of a dual level."""
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
-
-
 def _check(
     q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, seqused_k, block_table, plan
 ) -> tuple[int, int]:
     """Everything that types, shapes and dtypes tell; returns the window with causal folded in."""
-    check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q)
-    key_dims, key_shape = (3, "[tokens, kv_heads, dim]")
-    if block_table is not None:
-        key_dims, key_shape = (4, "[num_pages, page_size, kv_heads, dim]")
-    if q.dim() != 3:
-        raise ValueError(f"q has shape {list(q.shape)}: it has to be [tokens, heads, dim]")
-    _, heads, dim = q.shape
-    dtype, device = q.dtype, q.device
-    for name, t in (("k", k), ("v", v)):
-        if t.dim() != key_dims:
-            raise ValueError(f"{name} has shape {list(t.shape)}: it has to be {key_shape}")
-        if t.dtype != dtype:
-            raise TypeError(f"{name} is {t.dtype}, q is {dtype}: they have to be the same")
-        if t.device != device:
-            raise ValueError(f"{name} is on {t.device}, q is on {device}: they have to be on one device")
-    if dtype not in DTYPES:
-        raise TypeError(f"q is {dtype}: it has to be float32, bfloat16, float16 or float64")
-    *tokens, kv_heads, dim_k = k.shape
-    *tokens_v, kv_heads_v, dim_v = v.shape
-    if tokens != tokens_v or kv_heads != kv_heads_v:
-        raise ValueError(f"k has shape {list(k.shape)}, v has {list(v.shape)}: only the last may differ")
-    if dim_k != dim:
-        raise ValueError(f"k has head dim {dim_k}, q has {dim}: they have to be the same")
-    if kv_heads == 0 or heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"q has {heads} heads, k has {kv_heads}: the first has to be a multiple of the second"
-        )
-    if not (1 <= dim <= MAX_DIM and 1 <= dim_v <= MAX_DIM):
-        raise ValueError(f"head dims are {dim} (q, k) and {dim_v} (v): they have to be from 1 to {MAX_DIM}")
-    if number("softcap", softcap) < 0:
-        raise ValueError(f"softcap is {softcap}: it has to be 0 (none) or positive")
+    check_qkv(q, k, v, paged=block_table is not None)
+    check_tensors(cu_seqlens_q=cu_seqlens_q)
+    heads = q.shape[1]
+    check_softcap(softcap)
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] == 0:
         raise ValueError(f"cu_seqlens_q has shape {list(cu_seqlens_q.shape)}: it has to be [batch + 1]")
     if cu_seqlens_q.dtype not in (torch.int32, torch.int64):
@@ -370,7 +337,7 @@ def _check(
         columns = max([1, *block_table.shape[-1:]]) if isinstance(block_table, Tensor) else 1
         _check_side("block_table", block_table, q, (torch.int32,), [[batch, columns]])
         if k.shape[1] == 0:
-            raise ValueError(f"k has shape {list(k.shape)}: its pages, {key_shape}, have to hold a key")
+            raise ValueError(f"k has shape {list(k.shape)}: its pages, {key_shape(True)}, have to hold a key")
     left, right = window_sides("window", window)
     if left < -1 or right < -1:
         raise ValueError(f"window is {tuple(window)}: it has to be (left, right), each -1 or at least 0")
@@ -386,11 +353,10 @@ def _check_side(name: str, t: Any, q: Tensor, dtypes: tuple, shapes: list[list[i
         )
     if list(t.shape) not in shapes:
         raise ValueError(f"{name} has shape {list(t.shape)}: it has to be {' or '.join(map(str, shapes))}")
-    if t.device != q.device:
-        raise ValueError(f"{name} is on {t.device}, q is on {q.device}: they have to be on one device")
+    check_device(name, t, q)
 
 
-def _check_values(q, k, plan: list[Tensor], seqused_k, block_table) -> None:
+def check_plan_values(q, k, plan: list[Tensor], seqused_k=None, block_table=None) -> None:
     """What only values tell, where they can be read: before a run that trusts them, after a run that refused them."""
     if not readable(*plan, seqused_k, block_table):
         return

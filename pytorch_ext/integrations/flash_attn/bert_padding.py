@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gapless.integrations.rows import gather_rows, scatter_rows
-from gapless.ops.checks import check_integers, check_range, check_shape, check_tensors, readable
+from gapless.ops.checks import check_device, check_integers, check_range, check_shape, check_tensors, readable
 
 __all__ = [
     "index_first_axis",
@@ -99,10 +99,7 @@ def _check_mask(name: str, mask: Tensor, hidden_states: Tensor) -> None:
             f"hidden_states has shape {list(hidden_states.shape)}: it has to be [batch, seqlen, ...]"
         )
     check_shape(name, mask, hidden_states.shape[:2])
-    if mask.device != hidden_states.device:
-        raise ValueError(
-            f"{name} is on {mask.device}, hidden_states is on {hidden_states.device}: they have to be on one device"
-        )
+    check_device(name, mask, hidden_states, "hidden_states")
 
 
 def _check_indices(indices: Tensor, count: int | str, rows: int, like: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gapless.ops.checks import check_integers, check_pages, check_range, check_shape, readable
+from gapless.ops.checks import check_device, check_integers, check_pages, check_range, check_shape, readable
 
 
 def check_cache(
@@ -37,7 +37,7 @@ def check_cache(
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
         if t is not None and t.dtype != q.dtype:
             raise TypeError(f"{name} is {t.dtype}, q is {q.dtype}: they have to be the same")
-        _check_device(name, t, q)
+        check_device(name, t, q)
     for name, given, other in (
         ("rotary_cos", rotary_cos, rotary_sin),
         ("rotary_sin", rotary_sin, rotary_cos),
@@ -52,7 +52,7 @@ def check_cache(
         for name, t in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
             if not t.is_floating_point():
                 raise TypeError(f"{name} is {t.dtype}: it has to be of a floating point type")
-            _check_device(name, t, q)
+            check_device(name, t, q)
         if 2 * rotary_cos.shape[1] > dim:
             raise ValueError(f"rotary_cos rotates {2 * rotary_cos.shape[1]} dims: the head dim is {dim}")
     lengths = None if isinstance(cache_seqlens, int) else cache_seqlens
@@ -103,8 +103,3 @@ def check_cache_values(
     if rotary_cos is not None:
         rows = rotary_cos.shape[0]
         check_range("cache_seqlens", cache_seqlens, 0, rows - turned, f"as rotary_cos has {rows} rows")
-
-
-def _check_device(name: str, t: Tensor | None, q: Tensor) -> None:
-    if t is not None and t.device != q.device:
-        raise ValueError(f"{name} is on {t.device}, q is on {q.device}: they have to be on one device")
