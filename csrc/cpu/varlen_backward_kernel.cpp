@@ -70,6 +70,7 @@ class VectorGradients {
     using T = typename Compute<E>::type;
     using Registers = NoTiles;
     static constexpr int kVecs = kBlockRows / kLanes<T>;
+    static constexpr int64_t kKeyAlign = 1;
     using View = StripView<T, kVecs>;
 
     VectorGradients(const VarlenParams& p, Ahead& ahead)
@@ -108,8 +109,8 @@ class VectorGradients {
     }
 
     /// Keys [from, to), counted from the tile's first, which is key `origin`: adds to dk and dv, keeps the
-    /// scores' gradients.
-    void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes,
+    /// scores' gradients, from row `at` on where the kernel keeps those of its runs together.
+    void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t, int64_t lanes,
               const Cells<T>& cells) {
         Segment segments[View::kMaxSegments];
         const int count = view.split({origin + from, origin + to, 0, 0, cells.run.bits}, 0, segments);
@@ -142,20 +143,21 @@ class VectorGradients {
         }
     }
 
-    /// Adds what keys [from, to) give to dq, [dim][lanes].
-    void add_dq(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes, T* dq) const {
-        for (int64_t step = from; step < to; step += kStepKeys) {
-            Segment segments[View::kMaxSegments];
-            const int count =
-                view.split({origin + step, origin + least(to, step + kStepKeys), 0, 0, nullptr}, 0, segments);
-            for (int i = 0; i < count; ++i) {
-                const Segment& s = segments[i];
-                const int64_t at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
-                gemm<Init::kAdd, T>({k + at * dim, 1, dim, dscores + at * lanes + lane, lanes, dq + lane,
-                                     lanes, s.end - s.begin, nullptr},
-                                    p.dim, s.vec_end - s.vec_begin);
+    /// Adds what runs of keys give to dq, [dim][lanes].
+    void add_dq(const View& view, int64_t origin, const KeyRun* runs, int count, int64_t lanes, T* dq) const {
+        for (int r = 0; r < count; ++r)
+            for (int64_t step = runs[r].begin; step < runs[r].end; step += kStepKeys) {
+                Segment segments[View::kMaxSegments];
+                const int n =
+                    view.split({step, least(runs[r].end, step + kStepKeys), 0, 0, nullptr}, 0, segments);
+                for (int i = 0; i < n; ++i) {
+                    const Segment& s = segments[i];
+                    const int64_t at = s.begin - origin, lane = s.vec_begin * kLanes<T>;
+                    gemm<Init::kAdd, T>({k + at * dim, 1, dim, dscores + at * lanes + lane, lanes, dq + lane,
+                                         lanes, s.end - s.begin, nullptr},
+                                        p.dim, s.vec_end - s.vec_begin);
+                }
             }
-        }
     }
 
     const T* dk_row(int64_t key) const { return dk + key * dim; }
@@ -175,6 +177,7 @@ class TileGradients {
   public:
     using T = float;
     using Registers = Tiles;
+    static constexpr int64_t kKeyAlign = kTileDepth;
     using View = StripView<float, kBlockRows / kTile>;
 
     TileGradients(const VarlenParams& p, Ahead& ahead)
@@ -215,14 +218,14 @@ class TileGradients {
         pack_pairs(dout, count, p.dim_v, dout_pairs, lanes);
     }
 
-    void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t lanes,
+    void step(const View& view, int64_t origin, int64_t from, int64_t to, int64_t at, int64_t lanes,
               const Cells<float>& cells) {
         const int64_t n = to - from, rows = round_up(n, kTileDepth);
         multiply(
             {k + from * depth, depth, query_panel, lanes, scores, lanes, n, lanes, depth, false, &ahead});
         multiply({v + from * depth_v, depth_v, dout_panel, lanes, gradients, lanes, n, lanes, depth_v, false,
                   &ahead});
-        uint32_t* pairs = dscore_pairs + from / 2 * lanes;
+        uint32_t* pairs = dscore_pairs + at / 2 * lanes;
         cells.by_kind(cells.run.bits || view.cuts(origin + from, origin + to),
                       [&]<bool kScored, bool kMasked>() {
                           for (int64_t key = 0; key < rows; key += 2)
@@ -248,9 +251,22 @@ class TileGradients {
         multiply({dscores, lanes, query_pairs, dim, dk + from * dim, dim, n, dim, lanes, true, &ahead});
     }
 
-    void add_dq(const View&, int64_t, int64_t from, int64_t to, int64_t lanes, float* dq) const {
-        multiply({k_columns + from, padded_keys, dscore_pairs + from / 2 * lanes, lanes, dq, lanes, dim,
-                  lanes, round_up(to - from, kTileDepth), true});
+    void add_dq(const View&, int64_t origin, const KeyRun* runs, int count, int64_t lanes, float* dq) const {
+        // All runs are one product, so dq is read and written once.
+        constexpr int kMost = kListedKeys / kTileDepth;
+        const bf16* steps[kMost];
+        int64_t done = 0, n = 0;
+        const auto flush = [&] {
+            multiply({nullptr, padded_keys, dscore_pairs + done * kTileDepth / 2 * lanes, lanes, dq, lanes,
+                      dim, lanes, n * kTileDepth, true, nullptr, steps});
+            done += n, n = 0;
+        };
+        for (int r = 0; r < count; ++r)
+            for (int64_t key = runs[r].begin - origin; key < runs[r].end - origin; key += kTileDepth) {
+                steps[n++] = k_columns + key;
+                if (n == kMost) flush();
+            }
+        if (n > 0) flush();
     }
 
     const float* dk_row(int64_t key) const { return dk + key * dim; }
@@ -464,7 +480,7 @@ class Backward {
         cells.lanes.fill(p, map, sequence, bundle, row, count, lanes);
         gradients.pack_block(query_rows, dout_rows, count, lanes);
         const typename Gradients::View view(map, row, count);
-        KeyTile<kListedKeys, 1> met;
+        KeyTile<kListedKeys, Gradients::kKeyAlign> met;
         if (p.blocks) {
             KeyWalk(*p.blocks, list_row(i), 1, begin, end).next(met);
         } else {
@@ -476,9 +492,9 @@ class Backward {
         }
         for (int n = 0; n < met.count; ++n) {
             const KeyRun& run = cells.run = met.runs[n];
-            const int64_t to = run.end - key_begin;
-            for (int64_t step = run.begin - key_begin; step < to; step += kStepKeys)
-                gradients.step(view, key_begin, step, least(to, step + kStepKeys), lanes, cells);
+            for (int64_t key = run.begin; key < run.end; key += kStepKeys)
+                gradients.step(view, key_begin, key - key_begin, least(run.end, key + kStepKeys) - key_begin,
+                               run.at + key - run.begin, lanes, cells);
         }
 
         const int64_t at = (bundle - item.kv_head * bundles) * cut.blocks() + i;
@@ -488,9 +504,7 @@ class Backward {
             for (int spins = 0; __atomic_load_n(item.turn + at, __ATOMIC_ACQUIRE) != turn.before;)
                 if (++spins > 1000) sched_yield();
         if (turn.before == 0) std::memset(sum, 0, lanes * Gradients::dq_width(p) * sizeof(T));
-        for (int n = 0; n < met.count; ++n)
-            gradients.add_dq(view, key_begin, met.runs[n].begin - key_begin, met.runs[n].end - key_begin,
-                             lanes, sum);
+        gradients.add_dq(view, key_begin, met.runs, met.count, lanes, sum);
         if (turn.last) write_dq(sum, count, lanes);
         if (item.dq) __atomic_store_n(item.turn + at, turn.before + 1, __ATOMIC_RELEASE);
     }
