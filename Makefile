@@ -15,6 +15,7 @@ SOURCES := csrc kernels pytorch_ext bench
 
 .PHONY: demo test bench smoke lint format wheel asan clean
 
+# Packed training, then sparse video: report/index.html and report/video/index.html.
 demo: $(VENV)/.demo
 	gapless demo $(ARGS)
 
@@ -61,7 +62,8 @@ asan: $(VENV)/.dev
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc PYTHONPATH=build/asan-site \
 	GAPLESS_KEEP_MIB=0 GAPLESS_ISA=$$isa GAPLESS_FUZZ_EXAMPLES=$(EXAMPLES) \
 	python -m pytest --capture=sys $(or $(ARGS),-q tests/test_plan_varlen.py tests/test_fuzz.py \
-	tests/test_varlen_errors.py tests/test_varlen_attention.py) || failed+=" $$isa"; \
+	tests/test_varlen_errors.py tests/test_varlen_attention.py tests/test_block_sparse_errors.py \
+	tests/test_block_sparse_fuzz.py tests/test_block_sparse_attention.py tests/test_block_mass.py) || failed+=" $$isa"; \
 	done; test -z "$$failed" || { echo "failed on$$failed" >&2; exit 1; }
 
 clean:

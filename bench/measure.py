@@ -39,6 +39,11 @@ def _synchronizer(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
+def ratio(a: Timing, b: Timing) -> float:
+    """``a``'s time over ``b``'s, the median over the rounds that both were timed in (``paired``)."""
+    return statistics.median(x / y for x, y in zip(a.samples, b.samples, strict=True))
+
+
 @contextmanager
 def _no_collector():
     was = gc.isenabled()
@@ -51,12 +56,19 @@ def _no_collector():
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int = 50, seconds: float = 10.0, device: str = "cpu"
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 50,
+    seconds: float = 10.0,
+    device: str = "cpu",
+    paired: bool = False,
 ) -> dict[str, Timing]:
     """Time the calls in rounds, one sample of each per round.
 
     Everyone has an equal share of ``seconds``: who has used it up sits out the rounds that are left, so a slow call
     has fewer samples (at least one). Each is called before, untimed, unless a single call uses the share up.
+    ``paired``: all stay for as many rounds as fit into ``seconds``, so that sample ``i`` of one goes with sample ``i``
+    of another: for ratios of calls that take very different times.
     """
     timings = {name: Timing(call) for name, call in calls.items()}
     wait = _synchronizer(device)
@@ -64,13 +76,15 @@ def interleave(
     with _no_collector():
         for t in timings.values():
             once = _clock(t, wait)
-            if once >= share:
+            if once >= share and not paired:
                 t.spent, t.samples = once, [once]  # too slow to be called for nothing
             else:
                 t.repeat = max(1, min(1000, int(SHORTEST_SAMPLE / max(1e-9, _clock(t, wait)))))
-        for _ in range(rounds):
+        for done in range(rounds):
+            if paired and done and sum(t.spent for t in timings.values()) >= seconds:
+                break
             for t in timings.values():
-                if t.samples and t.spent >= share:
+                if t.samples and t.spent >= share and not paired:
                     continue
                 elapsed = _clock(t, wait)
                 t.spent += elapsed

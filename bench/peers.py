@@ -8,8 +8,9 @@ timed; results are allocated inside the run. A peer gets its own best layout, ev
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,15 @@ class Run:
         outs = self.forward()
         return outs, torch.autograd.grad(outs, self.leaves, self.douts)
 
+    def backward(self) -> Callable[[], tuple[Tensor, ...]]:
+        """The gradients alone, of a forward pass that is over."""
+        outs = self.forward()
+        return lambda: torch.autograd.grad(outs, self.leaves, self.douts, retain_graph=True)
+
     def call(self, direction: str) -> Callable[[], object]:
         """What is timed."""
+        if direction == "bwd":
+            return self.backward()
         return self.infer if direction == "fwd" else self.train
 
 
@@ -58,10 +66,10 @@ class Implementation:
     """
 
     name: str
-    unusable: Callable[[Case], list[str]]
-    prepare: Callable[[Inputs], Run]
+    unusable: Callable[[Any], list[str]]
+    prepare: Callable[[Any], Run]
     peer: bool = True
-    asked_only: Callable[[Case], bool] = lambda case: False
+    asked_only: Callable[[Any], bool] = lambda case: False
 
 
 def _leaves(case: Case, *tensors: Tensor) -> list[Tensor]:
@@ -331,19 +339,25 @@ IMPLEMENTATIONS = {
 }
 
 
+def load(path: str) -> Callable[..., Any]:
+    """The callable of ``module:function``."""
+    module, _, name = path.partition(":")
+    try:
+        function: Any = importlib.import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"impl is {path!r}: {error}") from None
+    return function
+
+
 def from_path(path: str) -> Implementation:
     """A user's callable ``module:function``.
 
     It is called as ``function(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=...)`` with packed tensors and returns
     [tokens_q, heads, dim]; a paged case adds ``seqused_k=..., block_table=...`` and hands pages over as k and v.
     """
-    module, _, name = path.partition(":")
-    try:
-        function = importlib.import_module(module)
-        for part in name.split("."):
-            function = getattr(function, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"impl is {path!r}: {error}") from None
+    function = load(path)
 
     def prepare(inputs: Inputs) -> Run:
         case = inputs.case
@@ -357,23 +371,29 @@ def from_path(path: str) -> Implementation:
     return Implementation(path, lambda case: [], prepare)
 
 
+def asked(
+    names: Sequence[str] | None,
+    known: Mapping[str, Implementation],
+    from_path: Callable[[str], Implementation],
+) -> list[Implementation]:
+    """Those of ``known`` that are named, all of them if none is, and what paths lead to."""
+    paths = [n for n in names or () if ":" in n]
+    chosen = [n for n in names or () if ":" not in n]
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"impl is {name!r}: it has to be module:function or one of {', '.join(known)}")
+    return ([known[n] for n in chosen] or list(known.values())) + [from_path(p) for p in paths]
+
+
 def select(names: Sequence[str] | None, case: Case) -> tuple[list[Implementation], dict[str, list[str]]]:
     """Implementations that run ``case``, and why the others do not.
 
     Names choose among ``IMPLEMENTATIONS`` (None: all but the slow ones); paths ``module:function`` are added to those.
     """
-    paths = [n for n in names or () if ":" in n]
-    chosen = [n for n in names or () if ":" not in n]
-    for name in chosen:
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"impl is {name!r}: it has to be module:function or one of {', '.join(IMPLEMENTATIONS)}"
-            )
-    asked = [IMPLEMENTATIONS[n] for n in chosen] or list(IMPLEMENTATIONS.values())
     running, skipped = [], {}
-    for implementation in asked + [from_path(p) for p in paths]:
+    for implementation in asked(names, IMPLEMENTATIONS, from_path):
         why = implementation.unusable(case)
-        if implementation.name not in chosen and implementation.asked_only(case):
+        if implementation.name not in (names or ()) and implementation.asked_only(case):
             why = why or [f"it is slow here; --impl {implementation.name} asks for it"]
         if case.paged and case.direction == "fwd_bwd":
             why = why or ["paged keys are for inference"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def derive(rows: list[dict]) -> list[dict]:
-    """Rows with the columns that follow from the measured ones.
+    """Rows with the columns that follow from the measured ones; those of block-sparse attention bring some of theirs.
 
     ``gflops``: useful rate. ``share_of_sgemm`` and, where keys are paged, ``share_of_bandwidth``: of the rates measured
     in the same run. ``ratio``: how many times faster than the fastest peer of the same case.
@@ -79,12 +80,14 @@ def columns(rows: list[dict]) -> dict[str, list[str]]:
         "read": [_cell(r["share_of_bandwidth"], ".0%") for r in rows],
         "MiB": [_cell(m, ".1f") for m in mebibytes],
         "x peer": [_cell(r["ratio"], ".2f") for r in rows],
+        "time": [f"{r['relative']:.3f} of {r['baseline']}" if r.get("relative") else "" for r in rows],
+        "efficiency": [_cell(r.get("efficiency"), ".1%") for r in rows],
     }
     return {head: texts for head, texts in made.items() if any(texts)}
 
 
 def table(rows: list[dict]) -> Table:
-    """A rich table; each case is a heading over its implementations, gapless in bold."""
+    """A rich table; each varlen case is a heading over its implementations, gapless in bold."""
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False)
@@ -93,7 +96,7 @@ def table(rows: list[dict]) -> Table:
         made.add_column(head, justify="right" if i else "left", no_wrap=True)
     last = None
     for row, *texts in zip(rows, *shown.values(), strict=True):
-        if last != row["case"]:
+        if last != row["case"] and "block" not in row:
             made.add_row(row["case"], style="cyan")
             last = row["case"]
         made.add_row("  " + texts[0], *texts[1:], style=None if row["peer"] else "bold")
@@ -101,8 +104,12 @@ def table(rows: list[dict]) -> Table:
 
 
 def show(data: dict, console: Console) -> None:
-    """The table, who was left out and why, and the machine line."""
-    console.print(table(data["rows"]))
+    """The tables, who was left out and why, and the machine line."""
+    # One table of all varlen cases; one of each case of block-sparse attention, whose names are long.
+    for case, rows in groupby(data["rows"], key=lambda r: r["case"] if "block" in r else None):
+        if case is not None:
+            console.print(case, style="cyan", highlight=False, markup=False)
+        console.print(table(list(rows)))
     reasons: dict[tuple[str, str], int] = {}
     for row in data["skipped"]:
         key = (row["impl"], "; ".join(row["why"]))

@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -47,6 +48,7 @@ def _plain_errors():
 
 def _implementations() -> list[dict]:
     """Of each operator on each device: which implementations take a plain bfloat16 batch with gradients, or why not."""
+    from gapless.ops import block_sparse
     from gapless.ops.varlen import REASONS, Inputs
 
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -69,6 +71,10 @@ def _implementations() -> list[dict]:
             rows.append(
                 {"op": "varlen_attention", "device": device, "impl": impl, "why_not": unsupported(inputs)}
             )
+        of_blocks = block_sparse.Inputs(x)
+        for name, why_not in block_sparse.REASONS.items():
+            found = {"op": "block_sparse_attention", "device": device, "impl": name}
+            rows.append(found | {"why_not": why_not(of_blocks)})
     return rows
 
 
@@ -81,7 +87,7 @@ def _versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             return None
 
-    names = ("gapless", "torch", "triton", "flash-attn", "transformers", "numpy")
+    names = ("gapless", "torch", "triton", "flash-attn", "transformers", "diffusers", "numpy")
     return {"python": sys.version.split()[0]} | {name: installed(name) for name in names}
 
 
@@ -157,8 +163,7 @@ def varlen(
     as_json: Json = False,
 ) -> None:
     """Time varlen attention against its peers: the result is checked first, then all take turns."""
-    from gapless.bench import cases, measure, peers, report
-    from gapless.bench.machine import machine
+    from gapless.bench import cases, measure, peers
 
     sys.path.insert(0, "")  # a user's module may be in the working directory
     with _plain_errors():
@@ -180,6 +185,20 @@ def varlen(
             peers.select(impl, c)
     if threads:
         torch.set_num_threads(threads)
+
+    def measured(c, tell):
+        return measure.measure(c, impl, rounds=rounds, seconds=seconds, with_memory=memory, tell=tell)
+
+    _measure_all(chosen, measured, out, as_json)
+
+
+def _measure_all(
+    chosen: Sequence[Any], measured: Callable[..., Any], out: Path | None, as_json: bool
+) -> None:
+    """Measure the cases one after the other, show the rows, and exit with 1 if one of ours is wrong."""
+    from gapless.bench import report
+    from gapless.bench.machine import machine
+
     data: dict = {"machine": machine(), "rows": [], "skipped": []}
     console = Console(stderr=True)
     with _progress(console) as progress:
@@ -189,14 +208,7 @@ def varlen(
             def tell(text: str, label: str = c.label) -> None:
                 progress.update(task, description=f"{label}: {text}")
 
-            rows, skipped = measure.measure(
-                c,
-                impl,
-                rounds=rounds,
-                seconds=seconds,
-                with_memory=memory,
-                tell=tell,
-            )
+            rows, skipped = measured(c, tell)
             data["rows"] += rows
             data["skipped"] += skipped
             progress.advance(task)
@@ -209,6 +221,74 @@ def varlen(
         report.show(data, Console())
     if any(not row["peer"] and row["check"] != "ok" for row in data["rows"]):
         raise typer.Exit(1)
+
+
+Repeated = list[str] | None
+
+
+@bench_app.command()
+def blocksparse(
+    study: Annotated[
+        Repeated,
+        typer.Option(help="efficiency, peers, build, heads, mass, selection or adaspa; all but the last."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Of the one sequence.", min=1)] = 8192,
+    heads: Annotated[int, typer.Option(min=1)] = 8,
+    dim: Annotated[list[int] | None, typer.Option(help="Of a head; may be repeated. [default: 64]")] = None,
+    dtype: Annotated[Repeated, typer.Option(help="May be repeated. [default: float32]")] = None,
+    block: Annotated[list[int] | None, typer.Option(help="Tokens; may be repeated. [default: 64]")] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="Of blocks; may be repeated. [default: the study's]")
+    ] = None,
+    direction: Annotated[Repeated, typer.Option(help="fwd or bwd; may be repeated. [fwd]")] = None,
+    impl: Annotated[
+        Repeated, typer.Option(help="Of peers: a name, or module:function to add your own; may be repeated.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of adaspa.", min=1)] = 50,
+    layers: Annotated[int, typer.Option(help="Of adaspa's transformer.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Of torch; 0 is torch's own choice.", min=0)] = 0,
+    device: str = "cpu",
+    rounds: Annotated[int, typer.Option(help="Most rounds of a case.", min=1)] = 50,
+    seconds: Annotated[float, typer.Option(help="Time for the rounds of one case.", min=0)] = 20.0,
+    isa: Annotated[
+        str | None, typer.Option(help=f"Most of gapless's instruction sets: {', '.join(ISAS)}.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time block-sparse attention, its searches and its masks: the result is checked first, then all take turns."""
+    from gapless.bench import adaspa, block_peers, block_studies
+
+    sys.path.insert(0, "")  # a user's module may be in the working directory
+    with _plain_errors():
+        if isa is not None:
+            _run_again_under(isa)
+        chosen = []
+        for name in study or list(block_studies.STUDIES):
+            for d in dim or [64]:
+                for t in dtype or ["float32"]:
+                    for b in block or [64]:
+                        how: dict = {"tokens": tokens, "heads": heads, "dim": d, "dtype": t, "block": b}
+                        how["device"] = device
+                        if name == "adaspa":
+                            chosen += [adaspa.case_of(share, **how) for share in density or [0.2]]
+                            continue
+                        for way in direction or ["fwd"]:
+                            chosen += block_studies.cases_of(name, density, way, **how)
+        for c in chosen:
+            if c.study == "peers":
+                block_peers.select(impl, c)
+        if any(c.study == "adaspa" for c in chosen):
+            adaspa.check_steps(steps)
+    if threads:
+        torch.set_num_threads(threads)
+
+    def measured(c, tell):
+        if c.study == "adaspa":
+            return adaspa.measure(c, steps=steps, layers=layers, tell=tell)
+        return block_studies.measure(c, impl, rounds=rounds, seconds=seconds, tell=tell)
+
+    _measure_all(chosen, measured, out, as_json)
 
 
 @bench_app.command("report")
@@ -250,23 +330,58 @@ def demo(
     seconds: Seconds = 240.0,
     threads: Threads = 0,
 ) -> None:
-    """The operators at work on real input; with no name of a demo, `pack`."""
+    """The operators at work on real input; with no name of a demo, `pack` and then `video`.
+
+    Then --steps and --seconds are those of `pack`, and the second report is in the folder `video` of the first.
+    """
     if context.invoked_subcommand is None:
         pack(steps, out, seconds, threads)
+        video(out=out / "video", threads=threads)
 
 
-@demo_app.command()
-def pack(steps: Steps = 0, out: Out = Path("report"), seconds: Seconds = 240.0, threads: Threads = 0) -> None:
-    """Train a small Llama on source files twice, padded with torch's SDPA and packed with gapless."""
+@contextmanager
+def _needs_demo_packages():
+    """A package that is missing as one line and exit status 1."""
     try:
-        from gapless.demo import pack as demo_pack
+        yield
     except ImportError as missing:
         console = Console(stderr=True)
         console.print(
             f"the demo needs {missing.name}: pip install 'gapless[demo]'", markup=False, highlight=False
         )
         raise typer.Exit(1) from None
+
+
+@demo_app.command()
+def pack(steps: Steps = 0, out: Out = Path("report"), seconds: Seconds = 240.0, threads: Threads = 0) -> None:
+    """Train a small Llama on source files twice, padded with torch's SDPA and packed with gapless."""
+    with _needs_demo_packages():
+        from gapless.demo import pack as demo_pack
     demo_pack.run(steps=steps, out=out, seconds=seconds, threads=threads)
+
+
+@demo_app.command()
+def video(
+    steps: Annotated[
+        int, typer.Option(help="Denoising steps, at least 4; 0 takes as many as the time allows.", min=0)
+    ] = 0,
+    out: Out = Path("report/video"),
+    seconds: Seconds = 130.0,
+    threads: Threads = 0,
+    inputs: Annotated[
+        str, typer.Option(help="weights: a pipeline with random weights; fields: smooth fields; or both.")
+    ] = "both",
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny: that it runs, nothing of speed.")] = False,
+) -> None:
+    """Denoise a video with a transformer of random weights, dense, with AdaSpa and with attention tiles."""
+    with _needs_demo_packages():
+        from gapless.demo import video as demo_video
+    with _plain_errors():
+        demo_video.check(inputs, steps)
+    if quick:
+        steps = steps or demo_video.QUICK_STEPS
+    settings = demo_video.QUICK if quick else None
+    demo_video.run(inputs=inputs, steps=steps, out=out, seconds=seconds, threads=threads, settings=settings)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packing demo, with a tiny model and two steps."""
+"""The demos, with tiny models and few steps."""
 
 import json
 from dataclasses import replace
@@ -11,8 +11,9 @@ from gapless.testing import assert_within_budget
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
+pytest.importorskip("diffusers")
 
-from gapless.demo import batches, pack
+from gapless.demo import batches, fields, pack, video
 from gapless.demo.train import Settings
 
 TINY = Settings("", steps=2, batch=3, max_bytes=400, hidden=32, layers=2, heads=4, kv_heads=2, threads=1)
@@ -52,3 +53,99 @@ def test_padded_and_packed_learn_the_same(tmp_path):
 def test_a_run_that_fails_says_why():
     with pytest.raises(RuntimeError, match="the padded run failed"):
         pack.train(replace(TINY, kind="padded", heads=3))
+
+
+# The video demo.
+
+
+def test_smooth_fields_have_the_structure_that_they_are_made_for():
+    shape = (9, 12, 16)
+    q, k, v = fields.attention_inputs(shape, 4, 64)
+    assert q.shape == k.shape == v.shape == (9 * 12 * 16, 4, 64)
+    again = fields.attention_inputs(shape, 4, 64)
+    assert all(torch.equal(a, b) for a, b in zip((q, k, v), again, strict=True))
+    weights = torch.einsum("qhd,khd->hqk", q, k).mul(64**-0.5).softmax(-1)
+    places = torch.cartesian_prod(*(torch.arange(float(n)) for n in shape))
+    in_time, in_space = (torch.cdist(x, x) for x in (places[:, :1], places[:, 1:]))
+    # How far away each head looks, beside what looking anywhere would give.
+    time, space = ((weights * d).sum(-1).mean(-1) / d.mean() for d in (in_time, in_space))
+    assert list(fields.AXES) == ["all positions", "place", "time", "content"]
+    assert time[1] > 2 * time[2] and space[2] > 1.5 * space[1]
+    assert time[0] < 0.3 and space[0] < 0.6
+    assert time[3] < 0.3 and space[3] < 0.6
+
+
+def test_rotation_keeps_sizes_and_depends_on_differences_only():
+    x = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)).expand(60, 30)
+    turned = fields.rotate(x, (3, 4, 5), (1, 1, 1)).double()
+    torch.testing.assert_close(turned.norm(dim=1), x.double().norm(dim=1), atol=1e-5, rtol=0)
+    scores = turned @ turned.T
+    torch.testing.assert_close(scores[:40, :40], scores[20:, 20:], atol=1e-4, rtol=0)  # a frame later
+    torch.testing.assert_close(scores[::5, ::5], scores[4::5, 4::5], atol=1e-4, rtol=0)  # four columns on
+    assert torch.equal(fields.rotate(x, (3, 4, 5), (0, 0, 0)), x)
+
+
+def test_psnr():
+    wanted = torch.tensor([0.0, 4.0])
+    assert video.psnr(wanted, wanted) == float("inf")
+    assert video.psnr(torch.tensor([0.4, 4.4]), wanted) == pytest.approx(20.0)
+
+
+def test_the_video_demo(tmp_path):
+    result = video.run(out=tmp_path, steps=6, threads=1, settings=video.QUICK)
+    weights, structured = result["weights"], result["fields"]
+    names = [v["name"] for v in weights["variants"]]
+    assert names == [
+        "dense, torch", "dense", "AdaSpa, density 0.5", "AdaSpa, density 0.25",
+        "attention tile, 1 reference frames", "attention tile, searched",
+    ]  # fmt: skip
+    variants = dict(zip(names, weights["variants"], strict=True))
+    assert variants["dense, torch"]["psnr"] > 100  # the same model by another implementation
+    half = variants["AdaSpa, density 0.5"]
+    kinds = [step["kind"] for step in half["steps"]]
+    assert kinds == ["dense", "fused search", "sparse", "cached search", "sparse", "sparse"]
+    assert half["density"] == 0.5 < half["recall"] < 1
+    assert 0 < half["search_share"] < 1
+    assert half["psnr"] > variants["AdaSpa, density 0.25"]["psnr"] > 20
+    tile = variants["attention tile, 1 reference frames"]
+    assert tile["density"] == tile_density(frames=4, references=1)
+    assert {row["layer"] for row in weights["tiles"]} == {"blocks.0.attn1", "blocks.1.attn1"}
+    rows = {row["name"]: row for row in structured["rows"]}
+    found, blind = rows["AdaSpa, density 0.25"], rows["at random, density 0.25"]
+    assert found["density"] == pytest.approx(blind["density"])
+    assert found["recall"] > 2 * blind["recall"] and found["psnr"] > blind["psnr"] + 6
+    for name in (
+        "weights-speed-quality",
+        "weights-steps",
+        "weights-maps",
+        "fields-speed-quality",
+        "fields-maps",
+    ):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    page = (tmp_path / "index.html").read_text()
+    assert "Random weights show speed, not quality" in page
+    assert page.count("data:image/png;base64,") == 5 and 'src="http' not in page
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written["weights"]["variants"][2]["psnr"] == half["psnr"]
+    assert "maps" not in written["weights"]
+
+
+def tile_density(frames: int, references: int) -> float:
+    return 1 - (frames - references) * (frames - references - 1) / frames**2
+
+
+def test_one_half_of_the_video_demo(tmp_path):
+    result = video.run(out=tmp_path, inputs="fields", threads=1, settings=video.QUICK)
+    assert result["weights"] is None and result["fields"]["rows"]
+    assert not (tmp_path / "weights-maps.png").exists()
+    with pytest.raises(ValueError, match="inputs is 'dream': it has to be one of both, weights, fields"):
+        video.run(out=tmp_path, inputs="dream")
+    with pytest.raises(ValueError, match="steps is 3: it has to be 4 or more"):
+        video.run(out=tmp_path, steps=3)
+
+
+def test_search_steps_are_the_papers_to_scale():
+    assert video.search_steps(50) == (10, 30)
+    for steps in range(4, 60):
+        first, second = video.search_steps(steps)
+        assert 2 <= first < second <= steps

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's report: plots as PNG, and one HTML file that carries them."""
+"""Reports of the demos: plots as PNG, and one HTML file that carries them. Here, what they share and the packing's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _STYLE = (
 )
 
 
-def _axes(title: str) -> tuple[Figure, Axes]:
+def axes_of(title: str) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, in the reports' style."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title)
@@ -36,7 +37,7 @@ def _axes(title: str) -> tuple[Figure, Axes]:
 
 
 def _bars(title: str, unit: str, values: dict[str, float]) -> Figure:
-    figure, axes = _axes(title)
+    figure, axes = axes_of(title)
     bars = axes.bar([NAMES[k] for k in values], list(values.values()), color=[PADDED, PACKED], width=0.5)
     axes.bar_label(bars, fmt="{:,.0f}")
     axes.set_ylabel(unit)
@@ -46,7 +47,7 @@ def _bars(title: str, unit: str, values: dict[str, float]) -> Figure:
 def plots(result: dict) -> dict[str, Figure]:
     """Figures by file name."""
     runs = result["runs"]
-    loss, axes = _axes("Loss of each step")
+    loss, axes = axes_of("Loss of each step")
     for kind, style in (
         ("padded", {"color": PADDED, "linewidth": 4, "alpha": 0.4}),
         ("packed", {"color": PACKED}),
@@ -57,7 +58,7 @@ def plots(result: dict) -> dict[str, Figure]:
     axes.set_xlabel("step")
     axes.set_ylabel("nats per byte")
     axes.legend(frameon=False)
-    lengths, axes = _axes(f"Lengths of the {len(result['lengths'])} files")
+    lengths, axes = axes_of(f"Lengths of the {len(result['lengths'])} files")
     axes.hist(result["lengths"], bins=40, color=PACKED)
     axes.set_xlabel("bytes")
     axes.set_ylabel("files")
@@ -93,8 +94,10 @@ def facts(result: dict) -> list[tuple[str, str, str]]:
     ]
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    def line(cells: tuple[str, ...], tag: str) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """HTML."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
     return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
@@ -113,28 +116,44 @@ def _bench_table(rows: list[dict]) -> str:
     return "<table>" + "".join(lines) + "</table>"
 
 
-def write(result: dict, folder: Path) -> Path:
-    """Write the PNGs and ``index.html`` into ``folder``; returns the path of the latter."""
+def images(figures: dict[str, Figure], folder: Path) -> list[str]:
+    """Write the figures into ``folder`` as PNG; returns the HTML that carries them."""
     folder.mkdir(parents=True, exist_ok=True)
-    images = []
-    for name, figure in plots(result).items():
+    made = []
+    for name, figure in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
         (folder / name).write_bytes(buffer.getvalue())
         data = base64.b64encode(buffer.getvalue()).decode()
-        images.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+        made.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+    return made
+
+
+def page(folder: Path, title: str, parts: Sequence[str], about: dict) -> Path:
+    """Write ``index.html`` into ``folder``; returns its path. ``about`` is the machine."""
+    head = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>gapless: {html.escape(title.lower())}</title>'
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>"
+    )
+    foot = f"<p><small>{html.escape(machine_line(about))}</small></p></html>"
+    index = folder / "index.html"
+    index.write_text("\n".join([head, *parts, foot]), encoding="utf-8")
+    return index
+
+
+def write(result: dict, folder: Path) -> Path:
+    """Write the PNGs and ``index.html`` of the packing demo into ``folder``; returns the path of the latter."""
+    shown = images(plots(result), folder)
     steps = len(result["runs"]["packed"]["steps"])
     settings = result["settings"]
     parts = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>gapless: packed against padded</title>',
-        f"<style>{_STYLE}</style><h1>Packed against padded</h1>",
         f"<p>A Llama of {result['parameters'] / 1e6:.1f} million parameters ({settings['layers']} layers, "
         f"{settings['heads']} heads, {settings['kv_heads']} kv heads) learns the Python standard library byte by byte: "
         f"{steps} steps of {settings['batch']} whole files each, up to {settings['max_bytes']} bytes, from the same "
         "weights and in the same order both times.</p>",
-        _table(("", NAMES["padded"], NAMES["packed"]), facts(result)),
+        table(("", NAMES["padded"], NAMES["packed"]), facts(result)),
         f"<p>Largest difference between the two losses of a step: {result['loss_difference']:.2g}.</p>",
-        *images,
+        *shown,
     ]
     if result["bench"]:
         parts += [
@@ -143,7 +162,4 @@ def write(result: dict, folder: Path) -> Path:
             "<p><small>GFLOP/s count visible (query, key) pairs only; sgemm is the share of the rate of a float32 "
             "matrix product in the same run; x peer is how many times faster than the fastest peer.</small></p>",
         ]
-    parts.append(f"<p><small>{html.escape(machine_line(result['machine']))}</small></p></html>")
-    index = folder / "index.html"
-    index.write_text("\n".join(parts), encoding="utf-8")
-    return index
+    return page(folder, "Packed against padded", parts, result["machine"])
