@@ -32,6 +32,9 @@ TABLE = {
     ("dkdv", 64, 2): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(64, 128, 8, 2)),
     ("dkdv", 128, 2): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
     ("dkdv", 256, 2): (Config(32, 64, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    ("mass", 64, 2): (Config(128, 128, 8, 3), Config(128, 128, 8, 2), Config(128, 128, 8, 3)),
+    ("mass", 128, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 128, 8, 3)),
+    ("mass", 256, 2): (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
     ("fwd", 64, 4): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
     ("fwd", 128, 4): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
     ("fwd", 256, 4): (Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(32, 32, 8, 2)),
@@ -41,6 +44,22 @@ TABLE = {
     ("dkdv", 64, 4): (Config(32, 64, 8, 1), Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
     ("dkdv", 128, 4): (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1)),
     ("dkdv", 256, 4): (Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 32, 8, 1)),
+    ("mass", 64, 4): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+    ("mass", 128, 4): (Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(64, 16, 8, 2)),
+    ("mass", 256, 4): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(32, 32, 8, 2)),
+}
+# Where walking a list takes the registers that a kernel above leaves.
+SPARSE_TABLE = {
+    ("sparse_fwd", 128, 2): (Config(128, 32, 8, 3), Config(128, 32, 8, 3), Config(128, 64, 8, 3)),
+    ("sparse_dq", 64, 2): (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(128, 64, 8, 2)),
+    ("sparse_dq", 128, 2): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(128, 64, 8, 2)),
+    ("sparse_dq", 256, 2): (Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(64, 32, 8, 2)),
+    ("sparse_dkdv", 64, 2): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 8, 2)),
+    ("sparse_dkdv", 128, 2): (Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 128, 8, 2)),
+    ("sparse_dkdv", 256, 2): (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    ("sparse_fwd", 128, 4): (Config(64, 16, 8, 2), Config(64, 16, 8, 2), Config(32, 16, 8, 2)),
+    ("sparse_fwd", 256, 4): (Config(32, 32, 8, 1), Config(32, 16, 8, 1), Config(32, 16, 8, 2)),
+    ("sparse_dq", 128, 4): (Config(32, 32, 8, 1), Config(32, 16, 8, 2), Config(32, 16, 8, 2)),
 }
 # Small blocks, so that small inputs have several.
 INTERPRETER = Config(32, 16, 1, 1)
@@ -61,7 +80,16 @@ def family(capability: tuple[int, int]) -> int:
 
 def choose(kernel: str, dim: int, dtype: torch.dtype, arch: int) -> Config:
     """The configuration of ``kernel`` for the larger head dim, an input dtype and one of ARCHS."""
-    return TABLE[kernel, max(64, padded(dim)), dtype.itemsize][ARCHS.index(arch)]
+    width, size = max(64, padded(dim)), dtype.itemsize
+    dense = TABLE[kernel.removeprefix("sparse_"), width, size]
+    return SPARSE_TABLE.get((kernel, width, size), dense)[ARCHS.index(arch)]
+
+
+def fit(config: Config, kernel: str, dim: int, block_q: int, block_k: int) -> Config:
+    """The configuration with tiles that fit into mask blocks; a forward pass over fewer rows needs fewer warps."""
+    m, n = min(config.block_m, block_q), min(config.block_n, block_k)
+    fewer = kernel == "sparse_fwd" and m < config.block_m and dim <= 128
+    return Config(m, n, min(config.num_warps, 4) if fewer else config.num_warps, config.num_stages)
 
 
 def configure(kernel: str, dim: int, dtype: torch.dtype, device: torch.device) -> Config:

@@ -82,6 +82,18 @@ def visible(position, keys, length, left, right):
 
 
 @triton.jit
+def pattern_bits(words, within):
+    """Which cells a pattern keeps: bit ``within % 32`` of word ``within // 32`` after ``words``.
+
+    One is a row, the other a column. Words are picked from a few vectors: a tile of pointers would fill the registers.
+    """
+    bits = tl.load(words)
+    for i in tl.static_range(1, within.numel // 32):
+        bits = tl.where(within // 32 == i, tl.load(words + i), bits)
+    return ((bits >> (within % 32)) & 1) != 0
+
+
+@triton.jit
 def tanh(x):
     """To 2 ulp: libdevice's is out of the interpreter's reach, the hardware's is too coarse for float32."""
     z = x * x

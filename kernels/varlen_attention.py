@@ -7,68 +7,49 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
-from gapless.kernels.attention_config import configure, padded
-from gapless.kernels.attention_tiles import (
-    LN2,
-    LOG2E,
-    PRECISION,
-    biased,
-    key_rows,
-    load_rows,
-    scaled,
-    span,
-    store_rows,
-    visible,
-)
-
-DELTA_ROWS = 64
+from gapless.kernels.attention_config import Config, configure
+from gapless.kernels.attention_launch import constants, deltas, dense, sides
+from gapless.kernels.attention_steps import attend, collect_dkdv, collect_dq, finish, load_lse
+from gapless.kernels.attention_tiles import LOG2E, key_rows, load_rows, span, store_rows
 
 
 @triton.jit
 def _attend(
-    acc, top, total, q, position, begin, end, length,
+    acc, top, total, q, position, begin, end, length, parts, stored, tokens,
     k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, left, right,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys from ``begin`` to ``end``; ``top`` and ``total`` are in powers of two."""
+    """Online softmax over the keys from ``begin`` to ``end``; ``parts``, if any, gets the LSE over each tile."""
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < length if MASKED else None
-        kt = load_rows(
-            key_rows(k, keys, inside, pages, page_size, k_page, k_token), inside, DIM, BLOCK_DIM, UPCAST
-        )
-        score = scaled(tl.dot(q, tl.trans(kt), input_precision=PRECISION), scale, softcap)
-        score = biased(score, position[:, None], keys[None, :], slope) * LOG2E
-        if MASKED:
-            score = tl.where(
-                visible(position[:, None], keys[None, :], length, left, right), score, -float("inf")
-            )
-        new_top = tl.maximum(top, tl.max(score, 1))
-        # A row that has seen nothing yet has no finite top to subtract.
-        base = tl.where(new_top == -float("inf"), 0.0, new_top) if MASKED else new_top
-        p = tl.exp2(score - base[:, None])
-        decay = tl.exp2(top - base)
-        total = total * decay + tl.sum(p, 1)
-        vt = load_rows(
-            key_rows(v, keys, inside, pages, page_size, v_page, v_token), inside, DIM_V, BLOCK_DIM_V, UPCAST
-        )
-        acc = tl.dot(p.to(vt.dtype), vt, acc * decay[:, None], input_precision=PRECISION)
-        top = new_top
+        k_rows = key_rows(k, keys, inside, pages, page_size, k_page, k_token)
+        v_rows = key_rows(v, keys, inside, pages, page_size, v_page, v_token)
+        acc, top, total, part = attend(
+            acc, top, total, q, position, keys, inside, length, None, None, k_rows, v_rows,
+            scale, softcap, slope, left, right, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
+        )  # fmt: skip
+        if parts is not None:
+            none = part == 0.0
+            log = tl.where(none, -float("inf"), top + tl.log2(tl.where(none, 1.0, part)))
+            tl.store(parts + tl.cast(start // BLOCK_N, tl.int64) * tokens, log, mask=stored)
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["tokens", "page_size", "left", "right"])
+@triton.jit(do_not_specialize=["tokens", "page_size", "left", "right", "parts_head"])
 def fwd_kernel(
-    q, k, v, out, lse, cu_q, cu_k, tiles, used, pages, slopes, sinks,
+    q, k, v, out, lse, cu_q, cu_k, tiles, used, pages, slopes, sinks, parts,
     q_token, q_head, k_page, k_token, k_head, v_page, v_token, v_head, pages_row, slopes_row,
-    tokens, page_size, scale, softcap, left, right,
+    tokens, page_size, parts_head, scale, softcap, left, right,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out and LSE of one query tile and head. Heads run fastest, so that neighbours share keys in the cache."""
+    """out and LSE of one query tile and head. Heads run fastest, so that neighbours share keys in the cache.
+
+    ``parts`` [heads, key tiles, tokens], if any, gets the LSE over each tile of BLOCK_N keys alone, in powers of two.
+    """
     head = tl.program_id(0) % HEADS
     tile = tiles + tl.program_id(0) // HEADS * 3
     sequence = tl.load(tile)
@@ -108,81 +89,29 @@ def fwd_kernel(
             top = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2E
             total = tl.full([BLOCK_M], 1.0, tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DIM_V], tl.float32)
+        parts_of = None if parts is None else parts + head * parts_head + first + rows
         low, full_low, full_high, high = span(
             start + shift, tl.minimum(start + BLOCK_M, end) - 1 + shift, length, left, right, BLOCK_N
         )
         if left is not None:
             acc, top, total = _attend(
-                acc, top, total, qt, position, low, tl.minimum(full_low, high), length,
+                acc, top, total, qt, position, low, tl.minimum(full_low, high), length, parts_of, inside, tokens,
                 k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, left, right,
                 DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, True, UPCAST,
             )  # fmt: skip
         acc, top, total = _attend(
-            acc, top, total, qt, position, full_low, full_high, length,
+            acc, top, total, qt, position, full_low, full_high, length, parts_of, inside, tokens,
             k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, left, right,
             DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False, UPCAST,
         )  # fmt: skip
         acc, top, total = _attend(
-            acc, top, total, qt, position, full_high, high, length,
+            acc, top, total, qt, position, full_high, high, length, parts_of, inside, tokens,
             k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, left, right,
             DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, True, UPCAST,
         )  # fmt: skip
-        seen = total > 0
-        acc = acc / tl.where(seen, total, 1.0)[:, None]
+        acc, log = finish(acc, top, total)
         store_rows(out + rows.to(tl.int64) * (HEADS * DIM_V), inside, acc, DIM_V, BLOCK_DIM_V)
-        log = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, -float("inf"))
         tl.store(lse + rows, log, mask=inside)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def delta_kernel(
-    dout, out, lse, dlse, delta, dout_token, dout_head, out_token, out_head, tokens,
-    HEADS: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """delta = rowsum(dout * out) - dlse, [heads, tokens]: what the softmax subtracts from every dp of a row."""
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
-    rows = tl.program_id(0) // HEADS * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < tokens
-    at = head * tokens + rows
-    grad = load_rows(
-        dout + head * dout_head + rows.to(tl.int64) * dout_token, inside, DIM_V, BLOCK_DIM_V, True
-    )
-    result = load_rows(
-        out + head * out_head + rows.to(tl.int64) * out_token, inside, DIM_V, BLOCK_DIM_V, True
-    )
-    difference = tl.sum(grad * result, 1)
-    if dlse is not None:
-        # An empty row has no gradient, whatever the caller's formula makes of its -inf.
-        empty = tl.load(lse + at, mask=inside, other=0.0) == -float("inf")
-        difference -= tl.where(empty, 0.0, tl.load(dlse + at, mask=inside, other=0.0))
-    tl.store(delta + at, difference, mask=inside)
-
-
-@triton.jit
-def _load_lse(pointers, inside):
-    """LSE of rows; +inf where a row sees nothing or is not ``inside``, so that its every p is 0."""
-    if inside is None:
-        lse = tl.load(pointers)
-    else:
-        lse = tl.load(pointers, mask=inside, other=float("inf"))
-        lse = tl.where(lse == -float("inf"), float("inf"), lse)
-    return lse
-
-
-@triton.jit
-def _weights(
-    products, dp, lse, delta, position, keys, length, scale, softcap, slope, left, right, MASKED: tl.constexpr
-):
-    """(p, ds) of a tile in either orientation: all arguments broadcast against ``products``; ds lacks the scale."""
-    score = scaled(products, scale, softcap)
-    p = tl.exp2((biased(score, position, keys, slope) - lse) * LOG2E)
-    if MASKED:
-        p = tl.where(visible(position, keys, length, left, right), p, 0.0)
-    ds = p * (dp - delta)
-    if softcap is not None:
-        share = score / softcap
-        ds *= 1.0 - share * share
-    return p, ds
 
 
 @triton.jit
@@ -196,15 +125,11 @@ def _collect_dq(
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < length if MASKED else None
-        kt = load_rows(k + keys.to(tl.int64) * k_token, inside, DIM, BLOCK_DIM, UPCAST)
-        vt = load_rows(v + keys.to(tl.int64) * v_token, inside, DIM_V, BLOCK_DIM_V, UPCAST)
-        products = tl.dot(q, tl.trans(kt), input_precision=PRECISION)
-        dp = tl.dot(grad, tl.trans(vt), input_precision=PRECISION)
-        _, ds = _weights(
-            products, dp, lse[:, None], delta[:, None], position[:, None], keys[None, :], length,
-            scale, softcap, slope, left, right, MASKED,
+        at = keys.to(tl.int64)
+        dq = collect_dq(
+            dq, q, grad, lse, delta, position, keys, inside, length, None, None, k + at * k_token, v + at * v_token,
+            scale, softcap, slope, left, right, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
         )  # fmt: skip
-        dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=PRECISION)
     return dq
 
 
@@ -245,7 +170,7 @@ def dq_kernel(
         position = rows + shift
         qt = load_rows(q + rows.to(tl.int64) * q_token, inside, DIM, BLOCK_DIM, UPCAST)
         grad = load_rows(dout + rows.to(tl.int64) * dout_token, inside, DIM_V, BLOCK_DIM_V, UPCAST)
-        log = _load_lse(lse + rows, inside)
+        log = load_lse(lse + rows, inside)
         difference = tl.load(delta + rows, mask=inside, other=0.0)
         acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
         low, full_low, full_high, high = span(
@@ -281,18 +206,12 @@ def _collect_dkdv(
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         inside = rows < queries if MASKED else None
-        qt = load_rows(q + rows.to(tl.int64) * q_token, inside, DIM, BLOCK_DIM, UPCAST)
-        grad = load_rows(dout + rows.to(tl.int64) * dout_token, inside, DIM_V, BLOCK_DIM_V, UPCAST)
-        log = _load_lse(lse + rows, inside)
-        difference = tl.load(delta + rows, mask=inside, other=None if inside is None else 0.0)
-        products = tl.dot(k, tl.trans(qt), input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        p, ds = _weights(
-            products, dp, log[None, :], difference[None, :], (rows + shift)[None, :], keys[:, None],
-            length, scale, softcap, slope, left, right, MASKED,
+        at = rows.to(tl.int64)
+        dk, dv = collect_dkdv(
+            dk, dv, k, v, keys, rows, shift, inside, length, None, None, q + at * q_token, dout + at * dout_token,
+            lse, delta, scale, softcap, slope, left, right,
+            DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
         )  # fmt: skip
-        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -364,41 +283,47 @@ def dkdv_kernel(
         store_rows(dv + keys.to(tl.int64) * (KV_HEADS * DIM_V), inside, acc_v, DIM_V, BLOCK_DIM_V)
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
-    """``t``, or a copy where its last dimension is not contiguous: kernels take every other stride."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
-def _common(kernel: str, q: Tensor, v: Tensor, kv_heads: int, score: list[float], window: list[int]) -> dict:
-    """Arguments that all attention kernels share; None where a feature is off, which compiles it away."""
-    dim, dim_v = q.shape[-1], v.shape[-1]
-    config = configure(kernel, max(dim, dim_v), q.dtype, q.device)
-    # Clamped so that position + window stays in int32.
-    left, right = (None if w < 0 else min(w, 1 << 30) for w in window)
-    return {
-        "tokens": q.shape[0],
-        "scale": score[0],
-        "softcap": score[1] or None,
-        "left": left,
-        "right": right,
-        "HEADS": q.shape[1],
-        "GROUP": q.shape[1] // kv_heads,
-        "DIM": dim,
-        "DIM_V": dim_v,
-        "BLOCK_DIM": padded(dim),
-        "BLOCK_DIM_V": padded(dim_v),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        # The interpreter's bfloat16 products are wrong.
-        "UPCAST": knobs.runtime.interpret and q.dtype == torch.bfloat16,
-    }
+def _config(kernel: str, q: Tensor, v: Tensor) -> Config:
+    return configure(kernel, max(q.shape[-1], v.shape[-1]), q.dtype, q.device)
 
 
 def _slopes_row(slopes: Tensor | None) -> int:
     """Distance of two sequences' slopes: 0 where one row serves all."""
     return 0 if slopes is None or slopes.dim() == 1 else slopes.stride(0)
+
+
+def launch_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: list[Tensor],
+    score: list[float],
+    window: list[int],
+    config: Config,
+    *,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    parts: Tensor | None = None,
+) -> None:
+    """Write to ``out`` and ``lse``, which are contiguous, and to ``parts``, if given; the rest is :func:`dense`."""
+    tokens, heads = q.shape[:2]
+    cu_q, cu_k, tiles, _ = plan
+    left, right = sides(window)
+    paged = block_table is not None
+    with torch.cuda.device_of(q):
+        if tiles.shape[0] and tokens:
+            fwd_kernel[(tiles.shape[0] * heads,)](
+                q, k, v, out, lse, cu_q, cu_k, tiles, seqused_k, block_table, alibi_slopes, sinks, parts,
+                q.stride(0), q.stride(1), k.stride(0) if paged else 0, k.stride(-3), k.stride(-2),
+                v.stride(0) if paged else 0, v.stride(-3), v.stride(-2),
+                block_table.stride(0) if paged else 0, _slopes_row(alibi_slopes),
+                page_size=k.shape[1] if paged else 1, parts_head=0 if parts is None else parts.stride(0),
+                left=left, right=right, **constants(config, q, v, k.shape[-2], score),
+            )  # fmt: skip
 
 
 def varlen_attention_fwd(
@@ -418,23 +343,17 @@ def varlen_attention_fwd(
     ``plan`` is ``VarlenPlan.tensors``, ``score`` [scale, softcap] (0 is none), ``window`` [left, right] (-1 is none).
     float64 is not supported.
     """
-    q, k, v, seqused_k, block_table, alibi_slopes, sinks = map(
-        _dense, (q, k, v, seqused_k, block_table, alibi_slopes, sinks)
+    q, k, v = map(dense, (q, k, v))
+    seqused_k, block_table, alibi_slopes, sinks = (
+        t if t is None else dense(t) for t in (seqused_k, block_table, alibi_slopes, sinks)
     )
-    tokens, heads = q.shape[:2]
-    cu_q, cu_k, tiles, _ = plan
-    out = q.new_empty(tokens, heads, v.shape[-1])
-    lse = q.new_empty(heads, tokens, dtype=torch.float32)
-    paged = block_table is not None
-    with torch.cuda.device_of(q):
-        if tiles.shape[0] and tokens:
-            fwd_kernel[(tiles.shape[0] * heads,)](
-                q, k, v, out, lse, cu_q, cu_k, tiles, seqused_k, block_table, alibi_slopes, sinks,
-                q.stride(0), q.stride(1), k.stride(0) if paged else 0, k.stride(-3), k.stride(-2),
-                v.stride(0) if paged else 0, v.stride(-3), v.stride(-2),
-                block_table.stride(0) if paged else 0, _slopes_row(alibi_slopes),
-                page_size=k.shape[1] if paged else 1, **_common("fwd", q, v, k.shape[-2], score, window),
-            )  # fmt: skip
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    config = _config("fwd", q, v)
+    launch_fwd(
+        q, k, v, out, lse, plan, score, window, config,
+        seqused_k=seqused_k, block_table=block_table, alibi_slopes=alibi_slopes, sinks=sinks,
+    )  # fmt: skip
     return out, lse
 
 
@@ -456,33 +375,29 @@ def varlen_attention_bwd(
 
     FlashAttention-2's scheme (arXiv:2307.08691) with every tile owned by one program: no atomics, the same bits always.
     """
-    dout, q, k, v, out, alibi_slopes = map(_dense, (dout, q, k, v, out, alibi_slopes))
+    dout, q, k, v, out = map(dense, (dout, q, k, v, out))
+    alibi_slopes = None if alibi_slopes is None else dense(alibi_slopes)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     tokens, heads = q.shape[:2]
     kv_heads = k.shape[1]
     cu_q, cu_k, query_tiles, key_tiles = plan
+    left, right = sides(window)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    delta = torch.empty_like(lse)
     strides = (
         dout.stride(0), dout.stride(1), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         _slopes_row(alibi_slopes),
     )  # fmt: skip
     with torch.cuda.device_of(q):
-        if tokens:
-            delta_kernel[(triton.cdiv(tokens, DELTA_ROWS) * heads,)](
-                dout, out, lse, dlse, delta,
-                dout.stride(0), dout.stride(1), out.stride(0), out.stride(1), tokens,
-                HEADS=heads, DIM_V=v.shape[-1], BLOCK_DIM_V=padded(v.shape[-1]), BLOCK_M=DELTA_ROWS,
-            )  # fmt: skip
+        delta = deltas(dout, out, lse, dlse)
         if key_tiles.shape[0] and k.shape[0]:
             dkdv_kernel[(key_tiles.shape[0] * kv_heads,)](
                 dout, q, k, v, lse, delta, dk, dv, cu_q, cu_k, key_tiles, alibi_slopes, *strides,
-                **_common("dkdv", q, v, kv_heads, score, window),
+                left=left, right=right, **constants(_config("dkdv", q, v), q, v, kv_heads, score),
             )  # fmt: skip
         if query_tiles.shape[0] and tokens:
             dq_kernel[(query_tiles.shape[0] * heads,)](
                 dout, q, k, v, lse, delta, dq, cu_q, cu_k, query_tiles, alibi_slopes, *strides,
-                **_common("dq", q, v, kv_heads, score, window),
+                left=left, right=right, **constants(_config("dq", q, v), q, v, kv_heads, score),
             )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, q.new_empty(0)

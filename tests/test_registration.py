@@ -12,6 +12,7 @@ import torch
 import gapless
 from gapless import _native
 from gapless.testing import Batch, attend, make_batch, scatter_pages
+from gapless.testing.block_sparse import layout_batch, make_layout
 
 # Imports, each in a process of its own.
 
@@ -32,7 +33,8 @@ def test_import_brings_in_no_optional_package(module: str):
         f"import sys, torch; before = set(sys.modules); import {module}\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "assert not torch.cuda.is_initialized()\n"
-        "print(*sorted(new & {'triton', 'transformers', 'flash_attn', 'matplotlib', 'typer', 'rich', 'pytest'}))"
+        "optional = {'triton', 'transformers', 'diffusers', 'scipy', 'flash_attn', 'matplotlib', 'typer', 'rich'}\n"
+        "print(*sorted(new & (optional | {'pytest', 'hypothesis'})))"
     )
     assert loaded.split() == []
 
@@ -50,6 +52,10 @@ def test_a_call_on_the_cpu_brings_in_no_triton():
 
 # Schemas.
 
+NATIVE = [
+    "varlen_attention_fwd", "varlen_attention_bwd", "block_sparse_fwd", "block_sparse_bwd", "block_mass",
+    "attention_mass_fwd",
+]  # fmt: skip
 OPS = sorted({name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gapless::")})
 
 
@@ -58,7 +64,7 @@ def schema_of(name: str) -> torch.FunctionSchema:
 
 
 def test_there_are_ops():
-    assert {"gapless::varlen_attention_fwd", "gapless::varlen_attention_bwd"} <= set(OPS)
+    assert {f"gapless::{name}" for name in NATIVE} <= set(OPS)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -68,7 +74,7 @@ def test_schema(name: str):
     assert not schema.is_mutable
 
 
-@pytest.mark.parametrize("name", ["varlen_attention_fwd", "varlen_attention_bwd"])
+@pytest.mark.parametrize("name", NATIVE)
 def test_triton_twin_has_the_same_schema(name: str):
     native, twin = (schema_of(f"gapless::{n}") for n in (name, name + "_triton"))
     assert str(twin).replace("_triton", "") == str(native)
@@ -128,6 +134,38 @@ def test_opcheck_plan(how: str):
     cu = torch.tensor([0, 3, 3, 300], dtype=torch.int32)
     window = [-1, -1] if how == "make" else [8, 0]
     torch.library.opcheck(torch.ops.gapless.varlen_plan.default, (cu, None, 300, 300, window))
+
+
+SPARSE = {
+    "plain": lambda: make_layout([70, 0, 30]),
+    "partial": lambda: make_layout([70, 30], [40, 90], block_q=32, block_k=16, partial=0.5),
+    "heads": lambda: make_layout([70, 30], heads=2, empty_rows=0.3, empty_columns=0.3),
+    "empty": lambda: make_layout([]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SPARSE)
+def test_opcheck_block_sparse(name: str, dtype: torch.dtype):
+    layout = SPARSE[name]()
+    batch = layout_batch(layout, heads=4, kv_heads=2, dim=12, dim_v=20, dtype=dtype)
+    inputs, lists = (batch.q, batch.k, batch.v), layout.tensors
+    shared = [layout.block_q, layout.block_k, layout.heads], [0.25, 2.0], [-1, 0]
+    torch.library.opcheck(_native.block_sparse_fwd, (*inputs, lists, *shared))
+    results = _native.block_sparse_fwd(*inputs, lists, *shared)
+    for dlse in (torch.ones_like(results[1]), None):
+        torch.library.opcheck(_native.block_sparse_bwd, (batch.dout, dlse, *inputs, *results, lists, *shared))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lengths", [[70, 0, 30], []], ids=str)
+def test_opcheck_mass(lengths: list[int], dtype: torch.dtype):
+    batch = make_batch(lengths, heads=4, kv_heads=2, dim_v=20, dtype=dtype)
+    plan = gapless.VarlenPlan.make(batch.cu_seqlens_q).tensors
+    shared = plan, [32, 64, 4 if lengths else 0, 2 if lengths else 0], [0.25, 0.0], [-1, 0]
+    torch.library.opcheck(_native.attention_mass_fwd, (batch.q, batch.k, batch.v, *shared))
+    _, lse, _ = _native.attention_mass_fwd(batch.q, batch.k, batch.v, *shared)
+    torch.library.opcheck(_native.block_mass, (batch.q, batch.k, lse, *shared))
 
 
 # torch.compile: no graph break, both directions, two sizes of each input.
@@ -202,6 +240,94 @@ def test_compile_with_one_tensor_three_times(made: str, planned: bool, gradient:
         if gradient:
             dx, want_dx = (torch.autograd.grad(out, x, batch.dout)[0] for out in (got, want))
             torch.testing.assert_close(dx, want_dx)
+
+
+def sparse_layers(q, k, v, layout):
+    """Two layers over one layout."""
+    x = gapless.block_sparse_attention(q, k, v, layout, causal=True, impl="native")
+    x, lse = gapless.block_sparse_attention(
+        x + q, k * 2, v, layout, softcap=5.0, return_lse=True, impl="native"
+    )
+    return x * 3, lse
+
+
+@TRACING
+@pytest.mark.parametrize(
+    ("dynamic", "backend"), [(False, "aot_eager"), (None, "aot_eager"), (None, "inductor")], ids=str
+)
+def test_compile_block_sparse(dynamic: bool | None, backend: str):
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse_layers, fullgraph=True, dynamic=dynamic, backend=backend)
+    for lengths in ([70, 0, 30], [40, 90]):
+        layout = make_layout(lengths, lengths[::-1])
+        batch = layout_batch(layout, heads=2, kv_heads=1)
+
+        def differentiated(function, batch=batch, layout=layout):
+            leaves = [x.detach().requires_grad_() for x in (batch.q, batch.k, batch.v)]
+            found = function(*leaves, layout)
+            return [*found, *torch.autograd.grad(found, leaves, [batch.dout, batch.dlse])]
+
+        for got, want in zip(differentiated(compiled), differentiated(sparse_layers), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@TRACING
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "inference"])
+def test_compile_block_sparse_with_one_tensor_three_times(gradient: bool):
+    torch._dynamo.reset()
+
+    def attention(x, layout):
+        return gapless.block_sparse_attention(x, x, x, layout, impl="native")
+
+    layout = make_layout([70, 30])
+    batch = layout_batch(layout)
+    x = batch.q.requires_grad_(gradient)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    got, want = (f(x, layout) for f in (compiled, attention))
+    assert torch.equal(got, want)
+    if gradient:
+        dx, want_dx = (torch.autograd.grad(out, x, batch.dout)[0] for out in (got, want))
+        torch.testing.assert_close(dx, want_dx)
+
+
+@TRACING
+@pytest.mark.parametrize("op", ["varlen", "block_sparse"])
+def test_compile_triton(op: str):
+    """Whether Triton can run is asked while tracing; what it needs of a layout is made there too."""
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layout = make_layout([40, 9], block_q=32, block_k=32).to(device)
+
+    def attention(q, k, v, cu_seqlens):
+        if op == "varlen":
+            return gapless.varlen_attention(q, k, v, cu_seqlens, causal=True, impl="triton")
+        return gapless.block_sparse_attention(q, k, v, layout, causal=True, impl="triton")
+
+    batch = make_batch([40, 9], heads=2, kv_heads=1)
+    leaves = [x.to(device).requires_grad_() for x in (batch.q, batch.k, batch.v)]
+    found = []
+    for function in (torch.compile(attention, fullgraph=True, backend="aot_eager"), attention):
+        out = function(*leaves, batch.cu_seqlens_q.to(device))
+        found.append([out, *torch.autograd.grad(out, leaves, batch.dout.to(device))])
+    assert all(map(torch.equal, *found))
+
+
+@TRACING
+def test_compiled_mass_of_one_sequence():
+    """Its lengths are those of its tensors; the lengths of several would have to be read."""
+    torch._dynamo.reset()
+
+    def search(q, k, v, cu_seqlens):
+        options = {"cu_seqlens_q": cu_seqlens, "causal": True, "impl": "native"}
+        out, lse, mass = gapless.attention_with_mass(q, k, v, **options)
+        return out, mass, gapless.block_mass(q, k, lse, block_q=32, **options)
+
+    compiled = torch.compile(search, fullgraph=True, backend="aot_eager")
+    for lengths in ([70], [130]):
+        batch = make_batch(lengths)
+        args = (batch.q, batch.k, batch.v, batch.cu_seqlens_q)
+        assert all(map(torch.equal, compiled(*args), search(*args)))
 
 
 def test_compiled_inference_with_pages():

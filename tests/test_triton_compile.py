@@ -22,24 +22,52 @@ SHARED_KIB = {80: 163, 86: 99, 90: 227}  # CUDA C++ programming guide, maximum o
 DIMS = [(64, 64), (128, 128), (192, 128), (256, 256)]
 DTYPES = ["float16", "bfloat16", "float32"]
 KERNELS = ["fwd", "dq", "dkdv"]
+SPARSE = ["sparse_fwd", "sparse_dq", "sparse_dkdv"]
 FEATURES = {
     "causal": ["right"],
     "full": [],
-    "everything": ["left", "right", "softcap", "sinks", "slopes", "used", "pages"],
+    "everything": ["left", "right", "softcap", "sinks", "slopes", "used", "pages", "patterns"],
 }
-# Each kernel, dim and arch once, dtypes and features taking turns.
-SOME_CASES = [
-    (kernel, dims, arch, DTYPES[i % 3], list(FEATURES)[(i + i // 3) % 3])
-    for i, (kernel, dims, arch) in enumerate(itertools.product(KERNELS, DIMS, (80, 90)))
+WITH_PARTS = {"causal": ["right", "parts"], "full": ["parts"]}  # of the fused mass
+OPTIONAL = {
+    "left", "right", "softcap", "sinks", "slopes", "used", "pages", "parts",
+    "partial_offsets", "partial_ids", "kinds", "patterns",
+}  # fmt: skip
+BLOCKS = [(64, 64), (128, 128), (128, 64), (64, 128)]
+ODD_BLOCKS = [(16, 16), (32, 32), (16, 256), (256, 16), (256, 256)]
+
+
+def turns(kernels, dims, blocks):
+    """Each kernel, dim and of two archs once; dtypes, features and blocks taking turns."""
+    return [
+        (
+            kernel,
+            dims,
+            arch,
+            DTYPES[i % 3],
+            list(FEATURES)[(i + i // 3) % 3],
+            blocks[(i + i // 4) % len(blocks)],
+        )
+        for i, (kernel, dims, arch) in enumerate(itertools.product(kernels, dims, (80, 90)))
+    ]
+
+
+SOME_CASES = turns(KERNELS, DIMS, [None]) + turns([*SPARSE, "mass"], DIMS[:2], BLOCKS)
+ALL_CASES = [
+    *itertools.product(KERNELS, DIMS, SHARED_KIB, DTYPES, FEATURES, [None]),
+    *itertools.product(SPARSE, DIMS, SHARED_KIB, DTYPES, FEATURES, BLOCKS),
+    *itertools.product(SPARSE, [(64, 64), (128, 128)], SHARED_KIB, DTYPES, ["everything"], ODD_BLOCKS),
+    *itertools.product(["mass"], DIMS, SHARED_KIB, DTYPES, ["causal", "full"], BLOCKS + ODD_BLOCKS),
+    *itertools.product(["fwd_parts"], DIMS, SHARED_KIB, DTYPES, WITH_PARTS, [(64, 64), (64, 16)]),
 ]
-OTHER_CASES = [
-    x for x in itertools.product(KERNELS, DIMS, SHARED_KIB, DTYPES, FEATURES) if x not in SOME_CASES
-]
+OTHER_CASES = [x for x in ALL_CASES if x not in SOME_CASES]
 
 
 def name(case):
-    kernel, (dim, dim_v), arch, dtype, features = case
-    return f"{kernel}-{dim}/{dim_v}-sm{arch}-{dtype}-{features}"
+    kernel, (dim, dim_v), arch, dtype, features, blocks = case
+    return f"{kernel}-{dim}/{dim_v}-sm{arch}-{dtype}-{features}" + (
+        f"-{blocks[0]}x{blocks[1]}" if blocks else ""
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +115,19 @@ def test_every_case_fits(build, case):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_delta(build, arch):
-    found = build("delta", (128, 128), arch, "float16", "full")
+def test_forward_with_parts(build, arch):
+    check(build("fwd_parts", (64, 64), arch, "bfloat16", "causal", (64, 64)), arch)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kernel", ["delta", "locate", "fold"])
+def test_small_kernels(build, kernel, arch):
+    found = build(kernel, (128, 128), arch, "float16", "causal", (64, 128))
     assert found["shared"] <= SHARED_KIB[arch] * 1024 and found["spills_in_inner_loops"] == 0, found
 
 
 def test_table_covers_every_family_of_devices():
-    from gapless.kernels.attention_config import ARCHS, TABLE, family, padded
+    from gapless.kernels.attention_config import ARCHS, SPARSE_TABLE, TABLE, family, padded
 
     capabilities = {
         (8, 0): 80,
@@ -106,35 +140,56 @@ def test_table_covers_every_family_of_devices():
         (12, 0): 86,
     }
     assert {capability: family(capability) for capability in capabilities} == capabilities
-    assert {len(row) for row in TABLE.values()} == {len(ARCHS)}
+    assert {len(row) for row in (TABLE | SPARSE_TABLE).values()} == {len(ARCHS)}
     assert [padded(dim) for dim in (1, 16, 17, 64, 80, 128, 192, 256)] == [16, 16, 32, 64, 128, 128, 256, 256]
 
 
-def compile_case(kernel, dims, arch, dtype, features):
-    """Compile as the launcher would for heads 8:2 and aligned contiguous tensors."""
+def compile_case(kernel, dims, arch, dtype, features, blocks):
+    """Compile as the launcher would for heads 8:2, lists of 4 heads, and aligned contiguous tensors."""
+    import importlib
+
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gapless.kernels import varlen_attention as module
-    from gapless.kernels.attention_config import Config, choose, padded
+    from gapless.kernels.attention_config import Config, choose, fit, padded
 
-    function = getattr(module, f"{kernel}_kernel")
-    config = Config(module.DELTA_ROWS, 0, 4, 3)
-    if kernel != "delta":
+    parts = kernel == "fwd_parts"
+    kernel = kernel.removesuffix("_parts")
+    module = "varlen_attention"
+    if kernel in SPARSE:
+        module = "block_sparse_attention"
+    module = {
+        "delta": "attention_launch", "locate": "block_rows", "fold": "block_mass", "mass": "block_mass",
+    }.get(kernel, module)  # fmt: skip
+    function = getattr(importlib.import_module(f"gapless.kernels.{module}"), f"{kernel}_kernel")
+    config = Config(64, 64, 4, 3)
+    if kernel in (*KERNELS, *SPARSE, "mass"):
         config = choose(kernel, max(dims), getattr(torch, dtype), arch)
-    absent = {"left", "right", "softcap", "sinks", "slopes", "used", "pages"} - set(FEATURES[features])
-    constants = dict.fromkeys(absent) | {
-        "HEADS": 8, "GROUP": 4, "DIM": dims[0], "DIM_V": dims[1], "BLOCK_DIM": padded(dims[0]),
-        "BLOCK_DIM_V": padded(dims[1]), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "UPCAST": False,
+    if kernel in SPARSE:
+        config = fit(config, kernel, max(dims), *blocks)
+    elif blocks:
+        config = config._replace(block_n=min(config.block_n, blocks[1]))
+    present = set((WITH_PARTS if parts or kernel == "fold" else FEATURES)[features])
+    if "patterns" in present:
+        present |= {"partial_offsets", "partial_ids", "kinds"}
+    constants = dict.fromkeys(OPTIONAL - present) | {
+        "HEADS": 8, "GROUP": 4, "SHARE": 2, "MEMBERS": 1, "DIM": dims[0], "DIM_V": dims[1],
+        "BLOCK_DIM": padded(dims[0]), "BLOCK_DIM_V": padded(dims[1]), "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "UPCAST": False, "TILE": 128, "BLOCK": 64, "ROWS": 64,
     }  # fmt: skip
+    if blocks:
+        constants |= {"BLOCK_Q": blocks[0], "BLOCK_K": blocks[1], "UNIT": min(blocks[0], config.block_m)}
+        constants["COUNT"] = max(4096 // (blocks[0] * (blocks[1] // config.block_n)), 1)
     element = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[dtype]
     types = dict.fromkeys(["q", "k", "v", "out", "dout", "dq", "dk", "dv"], element)
-    types |= dict.fromkeys(["lse", "dlse", "delta", "slopes", "sinks"], "*fp32")
-    types |= dict.fromkeys(["cu_q", "cu_k", "tiles", "used", "pages"], "*i32")
+    types |= dict.fromkeys(["lse", "dlse", "delta", "slopes", "sinks", "parts", "mass"], "*fp32")
+    types |= dict.fromkeys(["cu_q", "cu_k", "cu_seqlens", "tiles", "used", "pages", "table", "order"], "*i32")
+    types |= dict.fromkeys(["offsets", "ids", "partial_offsets", "partial_ids", "kinds", "patterns"], "*i32")
     types |= dict.fromkeys(["scale", "softcap"], "fp32")
-    unaligned = {"scale", "softcap", "tokens", "page_size", "left", "right"}
+    unaligned = {"scale", "softcap", "tokens", "page_size", "left", "right", "blocks", "batch", "count"}
+    unaligned |= {"parts_head", "row_units", "key_tiles", "q_blocks", "k_blocks"}
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [i for i, name in enumerate(names) if name not in constants and name not in unaligned]
@@ -164,18 +219,64 @@ def inner_loops(cubin):
         file.flush()
         command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    code, labels, loops = [], {}, []
+    loops = natural_loops(*flow(text))
+    inner = [body for head, body in loops.items() if not any(x != head and x in body for x in loops)]
+    return len(inner), sum(
+        bool(re.search(r"\b(LDL|STL)\b", x)) for body in inner for code in body.values() for x in code
+    )
+
+
+def flow(text):
+    """(instructions of each block, blocks that may follow each), from the text of a disassembly."""
+    blocks, after, now = {"entry": []}, {"entry": set()}, "entry"
     for line in text.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
-            labels[label[1]] = len(code)
+            following = label[1]
+            after[now].add(following)
         elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*)", line):
-            code.append(instruction[1])
-            target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction[1])
-            if target and target[1] in labels:  # a jump back
-                loops.append((labels[target[1]], len(code)))
-    loops = [(a, b) for a, b in loops if a < b - 1]  # the last instruction of a kernel jumps to itself
-    inner = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
-    return len(inner), sum(bool(re.search(r"\b(LDL|STL)\b", i)) for a, b in inner for i in code[a:b])
+            code = instruction[1]
+            blocks[now].append(code)
+            # A call that does not count on coming back is a jump too.
+            jump = re.search(r"\b(?:BRA|CALL\.REL\.NOINC)\b(.*)`\((\.L_\w+)\)", code)
+            if not jump and not re.search(r"\b(EXIT|RET)\b", code):
+                continue
+            following = f"{now}+"
+            if jump:
+                after[now].add(jump[2])
+            if code.startswith("@") or (jump and re.search(r"\bU?P\d", jump[1])):
+                after[now].add(following)
+        else:
+            continue
+        now = following
+        blocks.setdefault(now, [])
+        after.setdefault(now, set())
+    return blocks, after
+
+
+def natural_loops(blocks, after):
+    """Head -> its body's blocks: those that a jump back to a block that they cannot be reached without closes."""
+    reached, todo = set(), ["entry"]
+    while todo:
+        if (x := todo.pop()) not in reached:
+            reached.add(x)
+            todo.extend(after[x])
+    before = {x: {y for y in reached if x in after[y]} for x in reached}
+    over = {x: set(reached) for x in reached} | {"entry": {"entry"}}  # blocks without which it is not reached
+    changed = True
+    while changed:
+        changed = False
+        for x in reached - {"entry"}:
+            found = {x} | set.intersection(*(over[y] for y in before[x]))
+            changed, over[x] = changed or found != over[x], found
+    loops = {}
+    for x in reached:
+        for head in after[x] & over[x]:
+            body, todo = loops.setdefault(head, {head: blocks[head]}), [x]
+            while todo:
+                if (y := todo.pop()) not in body:
+                    body[y] = blocks[y]
+                    todo.extend(before[y])
+    return {head: body for head, body in loops.items() if sum(map(len, body.values())) > 1}
 
 
 if __name__ == "__main__":

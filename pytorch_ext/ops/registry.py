@@ -16,6 +16,12 @@ from gapless.plan.varlen import BLOCKS, VarlenPlan
 _library = torch.library.Library("gapless", "FRAGMENT")
 
 
+def _constant(function: Any) -> Any:
+    """torch.compiler.assume_constant_result, whose call would import the compiler, and Triton with it."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -81,15 +87,21 @@ varlen_plan = torch.ops.gapless.varlen_plan.default
 
 def triton_unusable(device: torch.device) -> list[str]:
     """Why Triton kernels cannot run on tensors of ``device``."""
+    why = _triton_unusable(device.type)
+    return [why] if why else []
+
+
+@_constant
+def _triton_unusable(device: str) -> str:
     if importlib.util.find_spec("triton") is None:
-        return ["triton is not installed: pip install triton"]
-    if device.type == "cuda":
-        return []
+        return "triton is not installed: pip install triton"
+    if device == "cuda":
+        return ""
     from triton import knobs
 
     if knobs.runtime.interpret:
-        return []
-    return [f"it runs on CUDA tensors, not on {device.type} (TRITON_INTERPRET=1 emulates it, slowly)"]
+        return ""
+    return f"it runs on CUDA tensors, not on {device} (TRITON_INTERPRET=1 emulates it, slowly)"
 
 
 def _define_twin(name: str, module: str, fake: Any) -> Any:
@@ -121,10 +133,15 @@ attention_mass_fwd_triton = _define_twin("attention_mass_fwd", "block_mass", _fw
 
 def flash_attn_unusable(device: torch.device) -> list[str]:
     """Why flash-attn's kernels cannot run on tensors of ``device``."""
-    spec = importlib.util.find_spec("flash_attn")
-    if spec is None or getattr(spec, "gapless_shim", False):
+    if not _flash_attn_installed():
         return ["flash-attn is not installed"]
     return [] if device.type == "cuda" else [f"it runs on CUDA tensors, not on {device.type}"]
+
+
+@_constant
+def _flash_attn_installed() -> bool:
+    spec = importlib.util.find_spec("flash_attn")
+    return spec is not None and not getattr(spec, "gapless_shim", False)
 
 
 def flash_attn_varlen(
