@@ -71,6 +71,9 @@ ATTENTION = [
     ("layout_heads", {"layout": layout_of(3)}, ValueError, ["layout has 3 heads", "q has 4", "k has 2", "1, 2, 4"]),
     ("layout_q", {"q": Q[1:]}, ValueError, ["layout is for 100 tokens in 2 sequences", "q has 99"]),
     ("layout_k", {"k": K[1:], "v": K[1:]}, ValueError, ["layout is for 100 tokens", "k has 99"]),
+    ("plan_type", {"plan": LAYOUT}, TypeError, ["plan is BlockLayout", "it has to be a BlockPlan"]),
+    ("plan_other", {"plan": layout_of().plan()}, ValueError, ["plan is of BlockLayout", "layout.plan(causal)"]),
+    ("plan_causal", {"plan": LAYOUT.plan(True)}, ValueError, ["plan is for causal=True", "causal is False"]),
     ("layout_lengths", {"layout": layout_of(lengths=(70, 31))}, ValueError, ["101 tokens", "q has 100"]),
 ]  # fmt: skip
 DENSE = [
@@ -249,3 +252,12 @@ def test_raw_masses_refuse_other_blocks(blocks: list[int]):
         _native.block_mass(Q, K, LSE, plan, blocks, [0.25, 0.0], [-1, -1])
     with pytest.raises(RuntimeError):
         _native.attention_mass_fwd(Q, K, K, plan, blocks, [0.25, 0.0], [-1, -1])
+
+
+def test_a_plan_made_ahead_changes_nothing():
+    for impl in ("native", "reference"):
+        for causal in (False, True):
+            plan = LAYOUT.plan(causal, backward=False)
+            assert plan.transposed is None
+            change = {"causal": causal, "impl": impl}
+            assert torch.equal(attention(change | {"plan": plan}), attention(change))

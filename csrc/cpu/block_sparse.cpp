@@ -104,6 +104,13 @@ void check_block_lists(const VarlenParams& p, const BlockSizes& n) {
     check_list(l.offsets, l.ids, n.ids, "offsets", "ids", l, keys, n.batch);
     check_list(l.partial_offsets, l.partial, n.partial_ids, "partial_offsets", "partial_ids", l, keys,
                n.batch);
+    // A block that is listed twice would be counted twice.
+    for (int64_t row = 0; row < l.heads * l.rows_per_head; ++row)
+        for (int64_t i = l.partial_offsets[row], at = l.offsets[row]; i < l.partial_offsets[row + 1]; ++i) {
+            while (at < l.offsets[row + 1] && l.ids[at] < l.partial[i]) ++at;
+            check(at == l.offsets[row + 1] || l.ids[at] != l.partial[i], "partial_ids", i, l.partial[i],
+                  "a block that the row's ids do not list too");
+        }
     for (int64_t i = 0; i < l.partial_offsets[l.heads * l.rows_per_head]; ++i)
         check(l.partial_patterns[i] >= 0 && l.partial_patterns[i] < n.patterns, "partial_patterns", i,
               l.partial_patterns[i], "from 0 to below the number of patterns, " + std::to_string(n.patterns));
@@ -113,11 +120,13 @@ void block_sparse_forward(const VarlenParams& params, int64_t batch, const Threa
     VarlenParams p = params;
     const BlockLists& l = *p.blocks;
     const int64_t group = p.heads / p.bundles, bundles = p.bundles / p.kv_heads;
-    // The more rows an item has, the more of them find keys that another one has brought near.
-    int64_t item_rows = 1024;
-    while (item_rows > 256 && p.total_q * p.heads < item_rows * kItemsPerThread * all_threads.count)
-        item_rows /= 2;
-    const int64_t together = std::max<int64_t>(1, item_rows / (l.block_q * group)) * l.block_q;
+    // Where rows meet the keys chunk by chunk, the more of them an item has, the more find keys that another
+    // one has brought near.
+    constexpr int64_t kFewItemRows = 256;
+    int64_t chunk_rows = 1024;
+    while (chunk_rows > kFewItemRows &&
+           p.total_q * p.heads < chunk_rows * kItemsPerThread * all_threads.count)
+        chunk_rows /= 2;
 
     std::vector<Unit> units(batch * p.kv_heads);
     std::vector<Item> items;
@@ -128,6 +137,8 @@ void block_sparse_forward(const VarlenParams& params, int64_t batch, const Threa
             const int64_t u = s * p.kv_heads + bundle / bundles;
             const int64_t row = int64_t{bundle} * l.heads / p.bundles * l.rows_per_head + l.first_row[s];
             const int32_t chunk = chunk_of(p, row, cdiv(queries, l.block_q), keys);
+            const int64_t together =
+                std::max<int64_t>(1, (chunk ? chunk_rows : kFewItemRows) / (l.block_q * group)) * l.block_q;
             for (int64_t begin = 0; begin < queries; begin += together) {
                 const int64_t end = std::min(queries, begin + together);
                 int64_t cost = 0;

@@ -58,7 +58,8 @@ class VectorProducts {
     }
     void use(const PackedKeys& packed) {
         keys = static_cast<const T*>(packed.keys), values = static_cast<const T*>(packed.values);
-    }  /// Asks for packed keys.
+    }
+    /// Asks for packed keys.
     void expect(int64_t at, int64_t count) const {
         ahead.add(keys + at * dim, count * dim * int64_t(sizeof(T)));
         ahead.add(values + at * dim_v, count * dim_v * int64_t(sizeof(T)));
@@ -256,8 +257,9 @@ class TileProducts {
                 for (int64_t key = 0; key < segments[i].end - segments[i].begin; key += kTileDepth)
                     steps[depth / kTileDepth] = values + (segments[i].packed + key) * dim_v,
                                   depth += kTileDepth;
-            multiply({nullptr, kTileDepth, pairs + at / 2 * strip.width + lane, strip.width, strip.out + lane,
-                      strip.width, dim_v, strip.width - lane, depth, !fresh || !whole, &ahead, steps});
+            multiply({steps[0], kTileDepth, pairs + at / 2 * strip.width + lane, strip.width,
+                      strip.out + lane, strip.width, dim_v, strip.width - lane, depth, !fresh || !whole,
+                      &ahead, steps});
             fresh = false;
         }
     }

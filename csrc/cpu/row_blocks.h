@@ -3,6 +3,8 @@
 // keys that each meets, pack both, and ask for what comes next while the present strip computes.
 #pragma once
 
+#include <sched.h>
+
 #include "csrc/cpu/key_rows.h"
 #include "csrc/cpu/products.h"
 #include "csrc/cpu/scratch.h"
@@ -246,8 +248,8 @@ class RowBlocks {
                     pack_piece(piece);
                     __atomic_store_n(state, 2, __ATOMIC_RELEASE);
                 } else {
-                    while (__atomic_load_n(state, __ATOMIC_ACQUIRE) != 2) {
-                    }
+                    for (int spins = 0; __atomic_load_n(state, __ATOMIC_ACQUIRE) != 2;)
+                        if (++spins > 1000) sched_yield();
                 }
             }
         }

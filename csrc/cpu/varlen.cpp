@@ -201,8 +201,8 @@ void varlen_backward(const VarlenBackwardParams& b, const VarlenSizes& sizes, do
         {
             const std::lock_guard lock(unit.mutex);
             if (unit.turns.empty()) {
-                unit.turns.resize(unit.space.blocks);
                 unit.dq.resize(unit.space.dq);
+                unit.turns.resize(unit.space.blocks);
             }
         }
         k.varlen_backward(b, item(claim.unit, claim.tile), nullptr);

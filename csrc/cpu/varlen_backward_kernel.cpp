@@ -257,7 +257,7 @@ class TileGradients {
         const bf16* steps[kMost];
         int64_t done = 0, n = 0;
         const auto flush = [&] {
-            multiply({nullptr, padded_keys, dscore_pairs + done * kTileDepth / 2 * lanes, lanes, dq, lanes,
+            multiply({steps[0], padded_keys, dscore_pairs + done * kTileDepth / 2 * lanes, lanes, dq, lanes,
                       dim, lanes, n * kTileDepth, true, nullptr, steps});
             done += n, n = 0;
         };

@@ -31,9 +31,9 @@ struct SparseCall : AttentionCall {
     SparseCall(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::vector<Tensor>& layout,
                const std::vector<int64_t>& blocks, const std::vector<double>& score,
                const std::vector<int64_t>& window)
-        : AttentionCall(q_in, k_in, v_in, false, (check_count(layout.size(), "layout", 8), layout[0]),
-                        layout[1], score, window) {
-        check_count(blocks.size(), "blocks", 3);
+        : AttentionCall(q_in, k_in, v_in, false, entry(layout, "layout", 0), entry(layout, "layout", 1),
+                        score, window) {
+        check_count(layout.size(), "layout", 8), check_count(blocks.size(), "blocks", 3);
         check_block("block_q", blocks[0]), check_block("block_k", blocks[1]);
         VarlenParams& p = params;
         const int64_t heads = blocks[2];
@@ -100,8 +100,8 @@ struct MassCall : AttentionCall {
     MassCall(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::vector<Tensor>& plan,
              const std::vector<int64_t>& blocks, const std::vector<double>& score,
              const std::vector<int64_t>& window)
-        : AttentionCall(q_in, k_in, v_in, false, (check_count(plan.size(), "plan", 2), plan[0]), plan[1],
-                        score, window) {
+        : AttentionCall(q_in, k_in, v_in, false, entry(plan, "plan", 0), entry(plan, "plan", 1), score,
+                        window) {
         check_count(blocks.size(), "blocks", 4);
         check_block("block_q", blocks[0]), check_block("block_k", blocks[1]);
         VarlenParams& p = params;

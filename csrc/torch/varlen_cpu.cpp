@@ -9,11 +9,6 @@
 namespace gapless {
 namespace {
 
-const std::vector<Tensor>& checked_plan(const std::vector<Tensor>& plan) {
-    STD_TORCH_CHECK(plan.size() == 4, "plan has ", plan.size(), " tensors: it has to have 4");
-    return plan;
-}
-
 struct Call : AttentionCall {
     cpu::VarlenSizes sizes{};
     std::vector<double> sinks;
@@ -22,8 +17,9 @@ struct Call : AttentionCall {
          const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& block_table,
          const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks_in,
          const std::vector<double>& score, const std::vector<int64_t>& window)
-        : AttentionCall(q_in, k_in, v_in, block_table.has_value(), checked_plan(plan)[0], plan[1], score,
-                        window) {
+        : AttentionCall(q_in, k_in, v_in, block_table.has_value(), entry(plan, "plan", 0),
+                        entry(plan, "plan", 1), score, window) {
+        STD_TORCH_CHECK(plan.size() == 4, "plan has ", plan.size(), " tensors: it has to have 4");
         VarlenParams& p = params;
         const int64_t heads = p.heads;
         sizes.batch = batch, sizes.total_q = q.size(0), sizes.total_k = block_table ? 0 : k.size(0);

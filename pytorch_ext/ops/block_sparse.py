@@ -26,6 +26,7 @@ from gapless.ops.impl import Impl, choose
 from gapless.ops.varlen import check_plan_values, plan_tensors
 from gapless.plan.block_grid import BLOCK_SIZES, lengths_of
 from gapless.plan.block_layout import BlockLayout
+from gapless.plan.block_plan import BlockPlan
 from gapless.plan.varlen import VarlenPlan
 from gapless.reference import block_sparse as reference
 from gapless.reference import varlen_attention as dense_reference
@@ -77,6 +78,7 @@ def block_sparse_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     return_lse: Literal[False] = False,
+    plan: BlockPlan | None = None,
     impl: Impl = "auto",
 ) -> Tensor: ...
 @overload
@@ -90,6 +92,7 @@ def block_sparse_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     return_lse: Literal[True],
+    plan: BlockPlan | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -103,6 +106,7 @@ def block_sparse_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     return_lse: bool,
+    plan: BlockPlan | None = None,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def block_sparse_attention(
@@ -115,6 +119,7 @@ def block_sparse_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     return_lse: bool = False,
+    plan: BlockPlan | None = None,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the pairs of a query block and a key block that a layout keeps; no other pair is computed.
@@ -134,6 +139,7 @@ def block_sparse_attention(
         scale: factor of the scores; None is ``dim ** -0.5``.
         softcap: cap of the scores' size (Gemma 2, arXiv:2408.00118); 0 is none.
         return_lse: also return the log-sum-exp of the scores.
+        plan: from ``layout.plan(causal)``; None works it out at the first run and keeps it in the layout.
         impl: ``auto`` takes the first implementation that can; a name takes that one or raises with its reasons.
 
     Returns:
@@ -147,6 +153,7 @@ def block_sparse_attention(
     """
     check_qkv(q, k, v)
     _check_layout(layout, q, k)
+    _check_plan(plan, layout, causal)
     check_softcap(softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     name = choose(impl, REASONS, Inputs(q, has_tangent(q, k, v)))
@@ -160,7 +167,8 @@ def block_sparse_attention(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     tensors = layout.tensors
     if name == "triton":
-        tensors = [*tensors, layout.order(causal), *(layout.transposed if needs_grad else ())]
+        plan = plan or layout.plan(causal, backward=needs_grad)
+        tensors = [*tensors, plan.order, *((plan.transposed or layout.transposed) if needs_grad else ())]
     if not needs_grad:
         out, lse = _forward(name)(q, k, v, tensors, blocks, score, window)
     else:
@@ -353,6 +361,17 @@ def _check_inference(**tensors: Tensor) -> None:
     for name, t in tensors.items():
         if (t.requires_grad and torch.is_grad_enabled()) or has_tangent(t):
             raise ValueError(f"{name} requires a gradient: the mass has none; call it under torch.no_grad()")
+
+
+def _check_plan(plan: BlockPlan | None, layout: BlockLayout, causal: bool) -> None:
+    if plan is None:
+        return
+    if not isinstance(plan, BlockPlan):
+        raise TypeError(f"plan is {plan!r:.80}, of type {type(plan).__name__}: it has to be a BlockPlan")
+    if plan.layout is not layout:
+        raise ValueError(f"plan is of {plan.layout!r}, layout is {layout!r}: call layout.plan(causal)")
+    if plan.causal != bool(causal):
+        raise ValueError(f"plan is for causal={plan.causal}, causal is {causal}: call layout.plan({causal})")
 
 
 def _check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:

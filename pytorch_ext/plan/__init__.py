@@ -4,7 +4,8 @@
 from gapless.plan.block_grid import BlockGrid
 from gapless.plan.block_layout import BlockLayout
 from gapless.plan.block_lists import BlockLists
+from gapless.plan.block_plan import BlockPlan
 from gapless.plan.compact_layout import CompactLayout
 from gapless.plan.varlen import VarlenPlan
 
-__all__ = ["BlockGrid", "BlockLayout", "BlockLists", "CompactLayout", "VarlenPlan"]
+__all__ = ["BlockGrid", "BlockLayout", "BlockLists", "BlockPlan", "CompactLayout", "VarlenPlan"]

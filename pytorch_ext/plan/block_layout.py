@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # These make layouts, so they import this module too; they look into it when they are called.
-from gapless.plan import block_convert, block_flex, block_masks, block_ranges, compact_layout
+from gapless.plan import block_convert, block_flex, block_masks, block_plan, block_ranges, compact_layout
 from gapless.plan.block_grid import BlockGrid, once
 from gapless.plan.block_lists import BlockLists, count_below, to_dense, to_lists
 from gapless.plan.block_patterns import distinct, words
@@ -63,6 +63,8 @@ class BlockLayout:
     # Ranges of tokens.
     from_ranges = staticmethod(block_ranges.from_ranges)
     to_ranges = block_ranges.to_ranges
+    # What a run needs beside the lists.
+    plan = block_plan.plan
     # A few bits for each block.
     compact = compact_layout.compact
 
