@@ -120,13 +120,11 @@ void block_sparse_forward(const VarlenParams& params, int64_t batch, const Threa
     VarlenParams p = params;
     const BlockLists& l = *p.blocks;
     const int64_t group = p.heads / p.bundles, bundles = p.bundles / p.kv_heads;
-    // Where rows meet the keys chunk by chunk, the more of them an item has, the more find keys that another
-    // one has brought near.
-    constexpr int64_t kFewItemRows = 256;
-    int64_t chunk_rows = 1024;
-    while (chunk_rows > kFewItemRows &&
-           p.total_q * p.heads < chunk_rows * kItemsPerThread * all_threads.count)
-        chunk_rows /= 2;
+    // The more rows an item has, the more of them find keys that another one has brought near.
+    int64_t item_rows = 1024;
+    while (item_rows > 256 && p.total_q * p.heads < item_rows * kItemsPerThread * all_threads.count)
+        item_rows /= 2;
+    const int64_t together = std::max<int64_t>(1, item_rows / (l.block_q * group)) * l.block_q;
 
     std::vector<Unit> units(batch * p.kv_heads);
     std::vector<Item> items;
@@ -137,8 +135,6 @@ void block_sparse_forward(const VarlenParams& params, int64_t batch, const Threa
             const int64_t u = s * p.kv_heads + bundle / bundles;
             const int64_t row = int64_t{bundle} * l.heads / p.bundles * l.rows_per_head + l.first_row[s];
             const int32_t chunk = chunk_of(p, row, cdiv(queries, l.block_q), keys);
-            const int64_t together =
-                std::max<int64_t>(1, (chunk ? chunk_rows : kFewItemRows) / (l.block_q * group)) * l.block_q;
             for (int64_t begin = 0; begin < queries; begin += together) {
                 const int64_t end = std::min(queries, begin + together);
                 int64_t cost = 0;
