@@ -65,8 +65,8 @@ struct VarlenParams {
     int64_t page_size;
     int64_t k_page_stride, v_page_stride;
 
-    const BlockLists* blocks;  ///< or null: every key is seen that the window lets through
-    const BlockMass* mass;     ///< or null; if not, each bundle is one head
+    const BlockLists* blocks = nullptr;  ///< or null: every key is seen that the window lets through
+    const BlockMass* mass = nullptr;     ///< or null; if not, each bundle is one head
 };
 
 /// Keys and values of one sequence and kv head in the layout that the kernels' products read. Whoever first

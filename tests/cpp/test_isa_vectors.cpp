@@ -134,7 +134,7 @@ void check_split(const RowMap& map, int64_t row, int64_t rows, int64_t from, int
     using View = StripView<float, kVecs>;
     const View view(map, row, rows);
     Segment segments[View::kMaxSegments];
-    const int count = view.split(from, to, segments);
+    const int count = view.split({from, to, 0, 0, nullptr}, 0, segments);
     bool right = count <= View::kMaxSegments;
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t key = from; key < to; ++key) {
