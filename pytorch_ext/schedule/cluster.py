@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks and how they are connected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ranks of a data-parallel group, numbered node by node.
+
+    Attributes:
+        ranks: how many. A rank holds a whole model, or a pipeline of ``stages``.
+        ranks_per_node: rank r is on node ``r // ranks_per_node``.
+        nics_per_node: network cards that the ranks of a node share.
+        stages: pipeline stages of a rank: each does ``1 / stages`` of the layers.
+        speed: of each rank, relative to the cost model (heterogeneous strategies); empty means 1 for all.
+    """
+
+    ranks: int
+    ranks_per_node: int = 8
+    nics_per_node: int = 8
+    stages: int = 1
+    speed: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "ranks_per_node", "nics_per_node", "stages"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise TypeError(f"{name} is {value!r}: it has to be a whole number")
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it has to be at least 1")
+        if self.speed and len(self.speed) != self.ranks:
+            raise ValueError(
+                f"speed has {len(self.speed)} entries: it has to have one for each of {self.ranks} ranks"
+            )
+        for rank, value in enumerate(self.speed):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"speed[{rank}] is {value}: it has to be above 0 and finite")
+
+    @staticmethod
+    def of(ranks: int | Cluster) -> Cluster:
+        """A cluster as it is, or one with so many ranks and the default connections."""
+        return ranks if isinstance(ranks, Cluster) else Cluster(ranks)
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.ranks // self.ranks_per_node)
+
+    @property
+    def speeds(self) -> NDArray[np.float64]:
+        """float64 [ranks]."""
+        return np.asarray(self.speed) if self.speed else np.ones(self.ranks)
+
+    def node_of(self, ranks: ArrayLike) -> NDArray[np.int64]:
+        """The node of each rank."""
+        return np.asarray(ranks, np.int64) // self.ranks_per_node
