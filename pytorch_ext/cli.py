@@ -18,6 +18,8 @@ try:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
+
+    from gapless import cli_schedule
 except ImportError as missing:
     sys.exit(f"the gapless command needs {missing.name}: pip install 'gapless[cli]'")
 
@@ -30,6 +32,8 @@ bench_app = typer.Typer(help="Time an operator against its peers.", no_args_is_h
 demo_app = typer.Typer(help="The operators at work on real input.", invoke_without_command=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(demo_app, name="demo")
+app.command()(cli_schedule.plan)
+app.command()(cli_schedule.calibrate)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 

@@ -3,7 +3,8 @@
 
 from gapless.schedule.cluster import Cluster
 from gapless.schedule.cost import CostModel
+from gapless.schedule.model_shape import ModelShape
 from gapless.schedule.schedule import Pack, Schedule, schedule_of
 from gapless.schedule.shards import MicroBatch, Shard
 
-__all__ = ["Cluster", "CostModel", "MicroBatch", "Pack", "Schedule", "Shard", "schedule_of"]
+__all__ = ["Cluster", "CostModel", "MicroBatch", "ModelShape", "Pack", "Schedule", "Shard", "schedule_of"]

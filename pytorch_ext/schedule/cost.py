@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gapless.schedule.model_shape import ModelShape
+
 Floats = NDArray[np.float64]
 
 
@@ -143,7 +145,8 @@ class CostModel:
             raise ValueError(f"cost model: unknown fields {unknown}; known are {sorted(known)}")
         if missing := sorted({"cell", "token"} - set(values)):
             raise ValueError(f"cost model: the fields {missing} are missing")
-        return CostModel(**{k: math.inf if v is None else v for k, v in values.items()})
+        given: dict[str, Any] = {k: math.inf if v is None else v for k, v in values.items()}
+        return CostModel(**given)
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
@@ -161,6 +164,33 @@ class CostModel:
                 f"{path} holds a {type(values).__name__}: it has to be an object of cost model fields"
             )
         return CostModel.from_dict(values)
+
+    @staticmethod
+    def estimate(
+        shape: ModelShape, *, flops: float, attention_flops: float | None = None, **fields: Any
+    ) -> CostModel:
+        """A model from sizes alone: operations over a rate that is really reached, with no measurement.
+
+        Args:
+            shape: of the model.
+            flops: operations a second of the linear modules.
+            attention_flops: of attention; None is the same.
+            fields: the other fields of the model (bandwidths, latency, ...).
+        """
+        for name, rate in (("flops", flops), ("attention_flops", attention_flops)):
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{name} is {rate}: it has to be above 0 and finite")
+        return CostModel(
+            cell=shape.cell_flops / (attention_flops or flops),
+            token=2 * shape.linear_parameters / flops,
+            layers=shape.layers,
+            **{
+                "activation_bytes": shape.activation_bytes,
+                "kv_bytes": shape.kv_bytes,
+                "hidden_bytes": shape.hidden_bytes,
+            }
+            | fields,
+        )
 
     @staticmethod
     def published(name: str) -> CostModel:
