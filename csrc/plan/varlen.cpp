@@ -79,8 +79,11 @@ void check_cu_seqlens(std::span<const int32_t> cu, std::string_view name, int64_
 }
 
 uint64_t visible_cells(int64_t begin, int64_t end, int64_t len_q, int64_t len_k, Window window) {
+    return visible_cells(begin + len_k - len_q, end - begin, len_k, window);
+}
+
+uint64_t visible_cells(int64_t first, int64_t count, int64_t len_k, Window window) {
     // A query at position p sees keys [clamp(p - left), clamp(p + right + 1)), clamped to [0, len_k].
-    const int64_t first = begin + len_k - len_q, count = end - begin;
     const auto sum = [&](int64_t x) { return clamped_sum(x + count, len_k) - clamped_sum(x, len_k); };
     const uint64_t ends = window.right < 0 ? static_cast<uint64_t>(count) * static_cast<uint64_t>(len_k)
                                            : sum(first + std::min(window.right, kMaxInt32) + 1);
@@ -89,7 +92,7 @@ uint64_t visible_cells(int64_t begin, int64_t end, int64_t len_q, int64_t len_k,
 }
 
 VarlenTiles varlen_tiles(std::span<const int32_t> cu_q, std::span<const int32_t> cu_k, int64_t block_q,
-                         int64_t block_k, Window window) {
+                         int64_t block_k, Window window, std::span<const int32_t> q_offset) {
     check(cu_q, "cu_seqlens_q", -1);
     check(cu_k, "cu_seqlens_k", -1);
     if (cu_q.size() != cu_k.size()) {
@@ -108,6 +111,11 @@ VarlenTiles varlen_tiles(std::span<const int32_t> cu_q, std::span<const int32_t>
                                     std::to_string(window.right) + "): each has to be -1 or at least 0");
     }
     const auto batch = static_cast<int64_t>(cu_q.size()) - 1;
+    if (!q_offset.empty() && q_offset.size() != static_cast<size_t>(batch)) {
+        throw std::invalid_argument("q_offset has " + std::to_string(q_offset.size()) +
+                                    " entries: it has to have one for each of " + std::to_string(batch) +
+                                    " sequences");
+    }
     VarlenTiles tiles{rows(batch, cu_q.back(), block_q), rows(batch, cu_k.back(), block_k)};
 
     std::vector<Tile> queries;
@@ -116,10 +124,11 @@ VarlenTiles varlen_tiles(std::span<const int32_t> cu_q, std::span<const int32_t>
     tile_cost.reserve(queries.capacity());
     for (int32_t s = 0; s < batch; ++s) {
         const int64_t len_q = cu_q[s + 1] - cu_q[s], len_k = cu_k[s + 1] - cu_k[s];
+        const int64_t first = q_offset.empty() ? len_k - len_q : q_offset[s];
         for (int64_t begin = 0; begin < len_q; begin += block_q) {
             const int64_t end = std::min(begin + block_q, len_q);
             queries.push_back({s, static_cast<int32_t>(begin), static_cast<int32_t>(end)});
-            tile_cost.push_back(visible_cells(begin, end, len_q, len_k, window));
+            tile_cost.push_back(visible_cells(first + begin, end - begin, len_k, window));
             sequence_cost[s] += tile_cost.back();
         }
     }

@@ -9,7 +9,7 @@
 namespace gapless::plan {
 
 /// Keys that a query sees beside its own position, both inclusive; -1 is no limit, (-1, 0) is causal.
-/// Query i of a sequence sits at key position i + len_k - len_q.
+/// Query i of a sequence sits at key position i + len_k - len_q, or where an offset says.
 struct Window {
     int64_t left = -1;
     int64_t right = -1;
@@ -30,10 +30,15 @@ void check_cu_seqlens(std::span<const int32_t> cu_seqlens, std::string_view name
 /// Number of (query, key) pairs that the queries [begin, end) of a sequence see. Takes constant time.
 uint64_t visible_cells(int64_t begin, int64_t end, int64_t len_q, int64_t len_k, Window window);
 
+/// The same of `count` queries, the first of which sits at key position `first`, any sum of two int32.
+uint64_t visible_cells(int64_t first, int64_t count, int64_t len_k, Window window);
+
 /// Tiles of a packed batch, capacity batch + tokens / block each. Query tiles come costliest first; key tiles
 /// by sequence, costliest sequence first, ascending inside one. Ties keep their order. A sequence that has
-/// queries but no keys gets one empty key tile. Throws std::invalid_argument on bad arguments.
+/// queries but no keys gets one empty key tile. q_offset: key position of each sequence's first query, or
+/// empty. Throws std::invalid_argument on bad arguments.
 VarlenTiles varlen_tiles(std::span<const int32_t> cu_seqlens_q, std::span<const int32_t> cu_seqlens_k,
-                         int64_t block_q, int64_t block_k, Window window);
+                         int64_t block_q, int64_t block_k, Window window,
+                         std::span<const int32_t> q_offset = {});
 
 }  // namespace gapless::plan

@@ -17,26 +17,36 @@ class Cluster:
         ranks: how many. A rank holds a whole model, or a pipeline of ``stages``.
         ranks_per_node: rank r is on node ``r // ranks_per_node``.
         nics_per_node: network cards that the ranks of a node share.
-        stages: pipeline stages of a rank: each does ``1 / stages`` of the layers.
-        speed: of each rank, relative to the cost model (heterogeneous strategies); empty means 1 for all.
+        stages: pipeline stages of a rank: each does ``1 / stages`` of the layers, all at the same time, on devices
+            of its own. One number, or one for each rank.
+        speed: of each stage of each rank, relative to the cost model (heterogeneous strategies); empty means 1 for all.
     """
 
     ranks: int
     ranks_per_node: int = 8
     nics_per_node: int = 8
-    stages: int = 1
+    stages: int | tuple[int, ...] = 1
     speed: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "ranks_per_node", "nics_per_node", "stages"):
-            value = getattr(self, name)
+        values = [(name, getattr(self, name)) for name in ("ranks", "ranks_per_node", "nics_per_node")]
+        if isinstance(self.stages, tuple):
+            values += [(f"stages[{rank}]", value) for rank, value in enumerate(self.stages)]
+        else:
+            values.append(("stages", self.stages))
+        for name, value in values:
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
                 raise TypeError(f"{name} is {value!r}: it has to be a whole number")
             if value < 1:
                 raise ValueError(f"{name} is {value}: it has to be at least 1")
-        if self.speed and len(self.speed) != self.ranks:
+        for name, entries in (("stages", self.stages), ("speed", self.speed)):
+            if isinstance(entries, tuple) and entries and len(entries) != self.ranks:
+                raise ValueError(
+                    f"{name} has {len(entries)} entries: it has to have one for each of {self.ranks} ranks"
+                )
+        if self.stages == ():
             raise ValueError(
-                f"speed has {len(self.speed)} entries: it has to have one for each of {self.ranks} ranks"
+                f"stages is empty: it has to be one number, or one for each of {self.ranks} ranks"
             )
         for rank, value in enumerate(self.speed):
             if not 0 < value < float("inf"):
@@ -55,6 +65,16 @@ class Cluster:
     def speeds(self) -> NDArray[np.float64]:
         """float64 [ranks]."""
         return np.asarray(self.speed) if self.speed else np.ones(self.ranks)
+
+    @property
+    def stages_of(self) -> NDArray[np.int64]:
+        """int64 [ranks], pipeline stages of each rank."""
+        return np.broadcast_to(np.asarray(self.stages, np.int64), self.ranks)
+
+    @property
+    def throughputs(self) -> NDArray[np.float64]:
+        """float64 [ranks], how much each does in a second with all its stages busy, relative to the cost model."""
+        return self.speeds * self.stages_of
 
     def node_of(self, ranks: ArrayLike) -> NDArray[np.int64]:
         """The node of each rank."""

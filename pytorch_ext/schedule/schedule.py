@@ -206,7 +206,7 @@ class Schedule:
     @cached_property
     def lower_bound(self) -> float:
         """Seconds that no schedule of this batch can go below: all computing, shared evenly, with nothing between."""
-        return float(self.cost.work(self.lengths).sum() / self.cluster.speeds.sum())
+        return float(self.cost.work(self.lengths).sum() / self.cluster.throughputs.sum())
 
     @property
     def gap(self) -> float:

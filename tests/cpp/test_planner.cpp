@@ -72,6 +72,26 @@ void test_visible_cells_against_counting() {
     }
 }
 
+void test_visible_cells_from_a_position() {
+    for (int64_t first : {-20, -3, 0, 2, 6, 13, 30})
+        for (int64_t count : {0, 1, 5})
+            for (int64_t len_k : {0, 1, 7})
+                for (int64_t left : {-1, 0, 3, 40})
+                    for (int64_t right : {-1, 0, 2, 40}) {
+                        uint64_t seen = 0;
+                        for (int64_t p = first; p < first + count; ++p)
+                            for (int64_t j = 0; j < len_k; ++j)
+                                seen += (left < 0 || j >= p - left) && (right < 0 || j <= p + right);
+                        CHECK(visible_cells(first, count, len_k, {left, right}) == seen);
+                    }
+    constexpr int64_t most = std::numeric_limits<int32_t>::max(), least = std::numeric_limits<int32_t>::min();
+    constexpr uint64_t n = most;
+    CHECK(visible_cells(most, most, most, {-1, 0}) == n * n);
+    CHECK(visible_cells(most, most, most, {0, 0}) == 0);
+    CHECK(visible_cells(least, most, most, {-1, 0}) == 0);
+    CHECK(visible_cells(least, most, most, {-1, most}) == n * (n - 1) / 2);
+}
+
 void test_visible_cells_of_huge_sequences() {
     constexpr int64_t most = std::numeric_limits<int32_t>::max();
     constexpr uint64_t n = most;
@@ -92,6 +112,17 @@ void test_tiles() {
     CHECK((key == Rows{0, 0, 2, 0, 2, 3, 3, 0, 2, 1, 0, 2, 2, 0, 0, -1, -1, -1, -1, -1, -1}));
 }
 
+void test_tiles_of_moved_queries() {
+    const Rows cu_q{0, 3, 3, 8, 10}, cu_k{0, 3, 5, 5, 7}, first{-2, 0, 9, 100};
+    const auto [query, key] = varlen_tiles(cu_q, cu_k, 2, 2, {-1, 0}, first);
+    // Costs: sequence 0 has 0 and 1 cells, sequence 2 none in any tile, sequence 3 has 4.
+    CHECK((query ==
+           Rows{3, 0, 2, 0, 2, 3, 0, 0, 2, 2, 0, 2, 2, 2, 4, 2, 4, 5, -1, -1, -1, -1, -1, -1, -1, -1, -1}));
+    CHECK((key == Rows{3, 0, 2, 0, 0, 2, 0, 2, 3, 1, 0, 2, 2, 0, 0, -1, -1, -1, -1, -1, -1}));
+    const Rows three{0, 0, 0};
+    CHECK(throws([&] { varlen_tiles(cu_q, cu_k, 2, 2, {}, three); }));
+}
+
 void test_edges() {
     const Rows none{0}, three_empty{0, 0, 0, 0};
     CHECK(varlen_tiles(none, none, 8, 8, {}).query.empty());
@@ -110,8 +141,10 @@ void test_edges() {
 int main() {
     test_messages();
     test_visible_cells_against_counting();
+    test_visible_cells_from_a_position();
     test_visible_cells_of_huge_sequences();
     test_tiles();
+    test_tiles_of_moved_queries();
     test_edges();
     return result();
 }

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long transfers between ranks take: one place for hops, rings, routed hops and moved tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gapless.schedule.cluster import Cluster
+from gapless.schedule.cost import CostModel
+from gapless.schedule.remap import link_seconds, nic_of
+
+if TYPE_CHECKING:
+    from gapless.schedule.schedule import Schedule
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def hop(
+    cost: CostModel,
+    size: ArrayLike,
+    across_nodes: ArrayLike,
+    *,
+    proxies: ArrayLike = 1,
+    contention: ArrayLike = 1.0,
+) -> Floats:
+    """Seconds in which ``size`` bytes go from one rank to another.
+
+    Args:
+        across_nodes: whether over the network, or over the links inside a node.
+        proxies: ranks of a node, the sender among them, that share one transfer over the network: see
+            :class:`gapless.schedule.remap.Route`.
+        contention: transfers at the same time over each network card.
+    """
+    size, k = np.asarray(size, np.float64), np.asarray(proxies, np.float64)
+    card = np.asarray(contention, np.float64) / cost.network_bandwidth
+    outside = size * (2 * (k - 1) / k / cost.node_bandwidth + card / k) + np.where(k > 1, 3, 1) * cost.latency
+    return np.where(across_nodes, outside, size / cost.node_bandwidth + cost.latency)
+
+
+def _next_in_ring(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The entry of ``ring_ranks`` that each entry sends to."""
+    following = np.arange(1, offsets[-1] + 1)
+    following[offsets[1:] - 1] = offsets[:-1]
+    return following
+
+
+def _together(steps: NDArray, ranks: NDArray, place: NDArray) -> Floats:
+    """How many of the ranks listed for a step are in the same place (node, network card) as each.
+
+    A rank takes its packs one after another, so that it counts once, however many of its rings leave the node.
+    """
+    size = int(place.max()) + 1
+    _, first = np.unique(steps * (int(ranks.max()) + 1) + ranks, return_index=True)
+    keys, count = np.unique((steps * size + place)[first], return_counts=True)
+    return count[np.searchsorted(keys, steps * size + place)].astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Rings:
+    """Transfers of the rings of a schedule.
+
+    Attributes:
+        seconds: float64 [packs, 2], handing keys and values all around, all layers, forward and backward.
+        crosses: bool [entries of ring_ranks], whether what this rank sends goes over the network.
+        sent: float64 [entries], bytes that it sends, forward and backward, all layers.
+    """
+
+    seconds: Floats
+    crosses: Bools
+    sent: Floats
+
+
+def rings(schedule: Schedule, *, routing: bool = False) -> Rings:
+    """The transfers of each pack alone, but with the network cards shared by the rings of its step."""
+    s, cost, cluster = schedule, schedule.cost, schedule.cluster
+    n = s.ring_sizes
+    pack = np.repeat(np.arange(s.packs), n)
+    if not s.packs:
+        return Rings(np.empty((0, 2)), np.empty(0, bool), np.empty(0))
+    source, target = s.ring_ranks, s.ring_ranks[_next_in_ring(s.rank_offsets)]
+    crosses = cluster.node_of(source) != cluster.node_of(target)
+    hops = np.maximum(n - 1, 0) * cost.layers
+    share = s.pack_tokens / n * cost.kv_bytes
+    c = np.flatnonzero(crosses)
+    ends = [(s.steps[pack[c]], ranks[c]) for ranks in (source, target)]
+
+    def worst(together: list[Floats]) -> Floats:
+        out = np.ones(s.packs)
+        for count in together:
+            np.maximum.at(out, pack[c], count)
+        return out
+
+    # One hop of a ring is as slow as the slowest of its links; a ring that leaves its node is as slow as the network.
+    contention = worst([_together(step, rank, nic_of(rank, cluster)) for step, rank in ends if len(c)])
+    seconds = _ring(cost, share, s.across_nodes, hops, np.ones(s.packs), contention)
+    if routing and len(c):
+        proxies = np.full(s.packs, np.inf)
+        in_node = np.bincount(cluster.node_of(np.arange(cluster.ranks)))
+        for _, rank in ends:
+            np.minimum.at(proxies, pack[c], np.minimum(in_node[cluster.node_of(rank)], cluster.nics_per_node))
+        # Now each message is spread over all cards of its node, and so are the others.
+        contention = worst([_together(step, rank, cluster.node_of(rank)) for step, rank in ends])
+        routed = _ring(cost, share, s.across_nodes, hops, np.where(s.across_nodes, proxies, 1.0), contention)
+        seconds = np.where(routed.sum(1, keepdims=True) < seconds.sum(1, keepdims=True), routed, seconds)
+    sent = (hops * share * (1 + cost.backward_kv))[pack]
+    return Rings(seconds, crosses, sent)
+
+
+def _ring(
+    cost: CostModel, share: Floats, across: Bools, hops: NDArray, proxies: Floats, contention: Floats
+) -> Floats:
+    ways = [
+        hop(cost, share * factor, across, proxies=proxies, contention=contention)
+        for factor in (1.0, cost.backward_kv)
+    ]
+    return np.stack(ways, 1) * hops[:, None]
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Tokens that change rank around attention, of a schedule.
+
+    Attributes:
+        seconds: float64 [micro_steps, 2], by which a step's layers are longer, forward and backward, all layers.
+        key: int64 [k], ``rank * micro_steps + step`` of each rank that sends or receives.
+        own: float64 [k, 2], seconds of this rank's own transfers, forward and backward.
+        across: bool [k], whether any of them goes over the network.
+        bytes: all that is moved, over the links of nodes and over the network.
+    """
+
+    seconds: Floats
+    key: NDArray[np.int64]
+    own: Floats
+    across: Bools
+    bytes: dict[str, float]
+
+
+def moves(schedule: Schedule) -> Moves:
+    """Each layer moves tokens there and back, forward and backward; a step waits for its slowest rank."""
+    s, cost = schedule, schedule.cost
+    steps = max(s.micro_steps, 1)
+    step, source, target, tokens = s.moves.T
+    across = s.cluster.node_of(source) != s.cluster.node_of(target)
+    near, far = link_seconds(cost)
+    # A rank only sends or only receives; its messages share its links, and the ranks of a card share that.
+    time = tokens * np.where(across, far, near) + cost.latency
+    ranks, ends = np.concatenate([source, target]), np.tile(step, 2)
+    key, place = np.unique(ranks * steps + ends, return_inverse=True)
+    own = np.bincount(place, weights=np.tile(time, 2), minlength=len(key))
+    longest = np.zeros(steps)
+    np.maximum.at(longest, key % steps, own)
+    for end in (source, target):
+        cards, used = np.unique(nic_of(end, s.cluster) * steps + step, return_inverse=True)
+        np.maximum.at(longest, cards % steps, np.bincount(used, weights=time * across, minlength=len(cards)))
+    leaves = np.bincount(place, weights=np.tile(across, 2), minlength=len(key)) > 0
+    size = tokens * (cost.hidden_bytes * 4 * cost.layers)
+    return Moves(
+        np.repeat(longest[:, None], 2, 1) * (2 * cost.layers),
+        key,
+        np.repeat(own[:, None], 2, 1) * (2 * cost.layers),
+        leaves,
+        {"node": float(size[~across].sum()), "network": float(size[across].sum())},
+    )
+
+
+def reduction(cluster: Cluster, cost: CostModel, size: float) -> tuple[float, dict[str, float]]:
+    """Seconds and bytes of adding up ``size`` bytes of each rank by a ring over all ranks, and handing out the sum."""
+    n = cluster.ranks
+    if n == 1 or not size:
+        return 0.0, {"node": 0.0, "network": 0.0}
+    hops, crossing = 2 * (n - 1), cluster.nodes if cluster.nodes > 1 else 0
+    seconds = hops * max(float(hop(cost, size / n, across)) for across in {False, crossing > 0})
+    return seconds, {"node": hops * size / n * (n - crossing), "network": hops * size / n * crossing}
