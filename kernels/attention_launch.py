@@ -22,9 +22,9 @@ def dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def sides(window: list[int]) -> tuple[int | None, int | None]:
-    """Limits as kernels take them: None is none, others are clamped so that position + limit stays in int32."""
-    left, right = (None if side < 0 else min(side, 1 << 30) for side in window)
+def sides(window: list[int], most: int = 1 << 30) -> tuple[int | None, int | None]:
+    """Limits as kernels take them: None is none, others are at most so wide that position + limit stays in int32."""
+    left, right = (None if side < 0 else min(side, most) for side in window)
     return left, right
 
 

@@ -21,7 +21,7 @@ from gapless.kernels.attention_tiles import (
 @triton.jit
 def attend(
     acc, top, total, q, position, keys, inside, length, words, within, k_rows, v_rows,
-    scale, softcap, slope, left, right,
+    scale, softcap, slope, beyond, left, right,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def attend(
     """
     kt = load_rows(k_rows, inside, DIM, BLOCK_DIM, UPCAST)
     score = scaled(tl.dot(q, tl.trans(kt), input_precision=PRECISION), scale, softcap)
-    score = biased(score, position[:, None], keys[None, :], slope) * LOG2E
+    score = biased(score, position[:, None], keys[None, :], slope, beyond) * LOG2E
     if MASKED:
         seen = visible(position[:, None], keys[None, :], length, left, right)
         if words is not None:
@@ -71,12 +71,12 @@ def load_lse(pointers, inside):
 
 @triton.jit
 def weights(
-    products, lse, position, keys, length, words, within, scale, softcap, slope, left, right,
+    products, lse, position, keys, length, words, within, scale, softcap, slope, beyond, left, right,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """(p, score) of a tile in either orientation: all arguments broadcast against ``products``."""
     score = scaled(products, scale, softcap)
-    p = tl.exp2((biased(score, position, keys, slope) - lse) * LOG2E)
+    p = tl.exp2((biased(score, position, keys, slope, beyond) - lse) * LOG2E)
     if MASKED:
         seen = visible(position, keys, length, left, right)
         if words is not None:
@@ -98,7 +98,7 @@ def through_softmax(p, dp, score, delta, softcap):
 @triton.jit
 def collect_dq(
     dq, q, grad, lse, delta, position, keys, inside, length, words, within, k_rows, v_rows,
-    scale, softcap, slope, left, right,
+    scale, softcap, slope, beyond, left, right,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def collect_dq(
     within = None if words is None else within[:, None]
     p, score = weights(
         products, lse[:, None], position[:, None], keys[None, :], length, words, within,
-        scale, softcap, slope, left, right, MASKED,
+        scale, softcap, slope, beyond, left, right, MASKED,
     )  # fmt: skip
     ds = through_softmax(p, dp, score, delta[:, None], softcap)
     return tl.dot(ds.to(kt.dtype), kt, dq, input_precision=PRECISION)
@@ -120,7 +120,7 @@ def collect_dq(
 @triton.jit
 def collect_dkdv(
     dk, dv, k, v, keys, rows, shift, inside, length, words, within, q_rows, dout_rows, lse, delta,
-    scale, softcap, slope, left, right,
+    scale, softcap, slope, beyond, left, right,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +135,7 @@ def collect_dkdv(
     within = None if words is None else within[None, :]
     p, score = weights(
         products, log[None, :], (rows + shift)[None, :], keys[:, None], length, words, within,
-        scale, softcap, slope, left, right, MASKED,
+        scale, softcap, slope, beyond, left, right, MASKED,
     )  # fmt: skip
     ds = through_softmax(p, dp, score, difference[None, :], softcap)
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)

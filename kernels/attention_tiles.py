@@ -48,6 +48,27 @@ def key_rows(base, keys, inside, pages, page_size, stride_page, stride_token):
 
 
 @triton.jit
+def place(q_offset, sequence, queries, length, left, right):
+    """Where the ``queries`` of a sequence sit among its ``length`` keys: (shift, beyond, left, right).
+
+    Query ``i`` is at key position ``i + shift``: bottom right, or where ``q_offset`` says. An offset may be any int32,
+    which sums do not fit: the shift is brought near the keys, ``beyond`` is how far it was moved (None: bottom right),
+    and the limits on both sides change so that each query sees the keys that it saw.
+    """
+    shift = length - queries
+    beyond = None
+    if q_offset is not None:
+        given = tl.load(q_offset + sequence).to(tl.int64)
+        shift = tl.minimum(tl.maximum(given, -queries), length).to(tl.int32)
+        beyond = tl.abs(given - shift).to(tl.float32)
+        if left is not None:
+            left = shift - tl.minimum(tl.maximum(given - left, -queries), length).to(tl.int32)
+        if right is not None:
+            right = tl.minimum(tl.maximum(given + right + 1, -queries), length).to(tl.int32) - 1 - shift
+    return shift, beyond, left, right
+
+
+@triton.jit
 def span(first, last, length, left, right, BLOCK: tl.constexpr):
     """Which of ``length`` keys the queries at key positions ``first..last`` see, to walk in blocks from ``begin``.
 
@@ -118,8 +139,11 @@ def scaled(products, scale, softcap):
 
 
 @triton.jit
-def biased(score, position, keys, slope):
-    """Scores with ALiBi's bias; ``slope`` None is none."""
+def biased(score, position, keys, slope, beyond):
+    """Scores with ALiBi's bias; ``slope`` None is none, ``beyond`` is :func:`place`'s."""
     if slope is not None:
-        score -= slope * tl.abs(position - keys).to(tl.float32)
+        distance = tl.abs(position - keys).to(tl.float32)
+        if beyond is not None:
+            distance += beyond
+        score -= slope * distance
     return score

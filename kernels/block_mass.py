@@ -34,7 +34,7 @@ def _weigh(
         products = tl.dot(q, tl.trans(kt), input_precision=PRECISION)
         p, _ = weights(
             products, lse[:, None], position[:, None], keys[None, :], length, None, None,
-            scale, softcap, None, None, right, MASKED,
+            scale, softcap, None, None, None, right, MASKED,
         )  # fmt: skip
         sums = tl.reshape(tl.sum(p, 1), [GROUPS, BLOCK_M // GROUPS])
         tl.store(mass + start // BLOCK_N, tl.sum(sums, 1), mask=exists)

@@ -41,7 +41,7 @@ def _attend(
         v_rows = v + start.to(tl.int64) * v_token + tl.arange(0, BLOCK_N) * v_token
         acc, top, total, _ = attend(
             acc, top, total, q, position, keys, inside, length, words, within, k_rows, v_rows,
-            scale, softcap, None, None, right, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
+            scale, softcap, None, None, None, right, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
         )  # fmt: skip
     return acc, top, total
 
@@ -162,7 +162,7 @@ def _collect_dq(
         v_rows = v + start.to(tl.int64) * v_token + tl.arange(0, BLOCK_N) * v_token
         dq = collect_dq(
             dq, q, grad, lse, delta, position, keys, inside, length, words, within, k_rows, v_rows,
-            scale, softcap, None, None, right, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
+            scale, softcap, None, None, None, right, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
         )  # fmt: skip
     return dq
 
@@ -252,7 +252,7 @@ def _collect_dkdv(
         dout_rows = dout + start.to(tl.int64) * dout_token + tl.arange(0, BLOCK_M) * dout_token
         dk, dv = collect_dkdv(
             dk, dv, k, v, keys, rows, shift, inside, length, words, within, q_rows, dout_rows,
-            lse, delta, scale, softcap, None, None, right,
+            lse, delta, scale, softcap, None, None, None, right,
             DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
         )  # fmt: skip
     return dk, dv

@@ -11,13 +11,13 @@ from torch import Tensor
 from gapless.kernels.attention_config import Config, configure
 from gapless.kernels.attention_launch import constants, deltas, dense, sides
 from gapless.kernels.attention_steps import attend, collect_dkdv, collect_dq, finish, load_lse
-from gapless.kernels.attention_tiles import LOG2E, key_rows, load_rows, span, store_rows
+from gapless.kernels.attention_tiles import LOG2E, key_rows, load_rows, place, span, store_rows
 
 
 @triton.jit
 def _attend(
     acc, top, total, q, position, begin, end, length, parts, stored, tokens,
-    k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, left, right,
+    k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, beyond, left, right,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def _attend(
         v_rows = key_rows(v, keys, inside, pages, page_size, v_page, v_token)
         acc, top, total, part = attend(
             acc, top, total, q, position, keys, inside, length, None, None, k_rows, v_rows,
-            scale, softcap, slope, left, right, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
+            scale, softcap, slope, beyond, left, right, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
         )  # fmt: skip
         if parts is not None:
             none = part == 0.0
@@ -40,7 +40,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["tokens", "page_size", "left", "right", "parts_head"])
 def fwd_kernel(
-    q, k, v, out, lse, cu_q, cu_k, tiles, used, pages, slopes, sinks, parts,
+    q, k, v, out, lse, cu_q, cu_k, tiles, used, q_offset, pages, slopes, sinks, parts,
     q_token, q_head, k_page, k_token, k_head, v_page, v_token, v_head, pages_row, slopes_row,
     tokens, page_size, parts_head, scale, softcap, left, right,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -61,7 +61,7 @@ def fwd_kernel(
     queries = tl.load(cu_q + sequence + 1) - first
     first_key = tl.load(cu_k + sequence)
     length = tl.load(cu_k + sequence + 1) - first_key if used is None else tl.load(used + sequence)
-    shift = length - queries
+    shift, beyond, left, right = place(q_offset, sequence, queries, length, left, right)
     sequence = sequence.to(tl.int64)
     head = head.to(tl.int64)
     q += first.to(tl.int64) * q_token + head * q_head
@@ -96,17 +96,17 @@ def fwd_kernel(
         if left is not None:
             acc, top, total = _attend(
                 acc, top, total, qt, position, low, tl.minimum(full_low, high), length, parts_of, inside, tokens,
-                k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, left, right,
+                k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, beyond, left, right,
                 DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, True, UPCAST,
             )  # fmt: skip
         acc, top, total = _attend(
             acc, top, total, qt, position, full_low, full_high, length, parts_of, inside, tokens,
-            k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, left, right,
+            k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, beyond, left, right,
             DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False, UPCAST,
         )  # fmt: skip
         acc, top, total = _attend(
             acc, top, total, qt, position, full_high, high, length, parts_of, inside, tokens,
-            k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, left, right,
+            k, v, pages, page_size, k_page, k_token, v_page, v_token, scale, softcap, slope, beyond, left, right,
             DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, True, UPCAST,
         )  # fmt: skip
         acc, log = finish(acc, top, total)
@@ -117,7 +117,7 @@ def fwd_kernel(
 @triton.jit
 def _collect_dq(
     dq, q, grad, lse, delta, position, begin, end, length,
-    k, v, k_token, v_token, scale, softcap, slope, left, right,
+    k, v, k_token, v_token, scale, softcap, slope, beyond, left, right,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -128,14 +128,14 @@ def _collect_dq(
         at = keys.to(tl.int64)
         dq = collect_dq(
             dq, q, grad, lse, delta, position, keys, inside, length, None, None, k + at * k_token, v + at * v_token,
-            scale, softcap, slope, left, right, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
+            scale, softcap, slope, beyond, left, right, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
         )  # fmt: skip
     return dq
 
 
 @triton.jit(do_not_specialize=["tokens", "left", "right"])
 def dq_kernel(
-    dout, q, k, v, lse, delta, dq, cu_q, cu_k, tiles, slopes,
+    dout, q, k, v, lse, delta, dq, cu_q, cu_k, tiles, q_offset, slopes,
     dout_token, dout_head, q_token, q_head, k_token, k_head, v_token, v_head, slopes_row,
     tokens, scale, softcap, left, right,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -153,7 +153,7 @@ def dq_kernel(
     queries = tl.load(cu_q + sequence + 1) - first
     first_key = tl.load(cu_k + sequence)
     length = tl.load(cu_k + sequence + 1) - first_key
-    shift = length - queries
+    shift, beyond, left, right = place(q_offset, sequence, queries, length, left, right)
     head = head.to(tl.int64)
     slope = None if slopes is None else tl.load(slopes + sequence.to(tl.int64) * slopes_row + head)
     q += first.to(tl.int64) * q_token + head * q_head
@@ -179,17 +179,17 @@ def dq_kernel(
         if left is not None:
             acc = _collect_dq(
                 acc, qt, grad, log, difference, position, low, tl.minimum(full_low, high), length,
-                k, v, k_token, v_token, scale, softcap, slope, left, right,
+                k, v, k_token, v_token, scale, softcap, slope, beyond, left, right,
                 DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, True, UPCAST,
             )  # fmt: skip
         acc = _collect_dq(
             acc, qt, grad, log, difference, position, full_low, full_high, length,
-            k, v, k_token, v_token, scale, softcap, slope, left, right,
+            k, v, k_token, v_token, scale, softcap, slope, beyond, left, right,
             DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False, UPCAST,
         )  # fmt: skip
         acc = _collect_dq(
             acc, qt, grad, log, difference, position, full_high, high, length,
-            k, v, k_token, v_token, scale, softcap, slope, left, right,
+            k, v, k_token, v_token, scale, softcap, slope, beyond, left, right,
             DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, True, UPCAST,
         )  # fmt: skip
         store_rows(dq + rows.to(tl.int64) * (HEADS * DIM), inside, acc * scale, DIM, BLOCK_DIM)
@@ -198,7 +198,7 @@ def dq_kernel(
 @triton.jit
 def _collect_dkdv(
     dk, dv, k, v, keys, begin, end, queries, length, shift,
-    q, dout, lse, delta, q_token, dout_token, scale, softcap, slope, left, right,
+    q, dout, lse, delta, q_token, dout_token, scale, softcap, slope, beyond, left, right,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +209,7 @@ def _collect_dkdv(
         at = rows.to(tl.int64)
         dk, dv = collect_dkdv(
             dk, dv, k, v, keys, rows, shift, inside, length, None, None, q + at * q_token, dout + at * dout_token,
-            lse, delta, scale, softcap, slope, left, right,
+            lse, delta, scale, softcap, slope, beyond, left, right,
             DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, MASKED, UPCAST,
         )  # fmt: skip
     return dk, dv
@@ -217,7 +217,7 @@ def _collect_dkdv(
 
 @triton.jit(do_not_specialize=["tokens", "left", "right"])
 def dkdv_kernel(
-    dout, q, k, v, lse, delta, dk, dv, cu_q, cu_k, tiles, slopes,
+    dout, q, k, v, lse, delta, dk, dv, cu_q, cu_k, tiles, q_offset, slopes,
     dout_token, dout_head, q_token, q_head, k_token, k_head, v_token, v_head, slopes_row,
     tokens, scale, softcap, left, right,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -236,7 +236,7 @@ def dkdv_kernel(
     queries = tl.load(cu_q + sequence + 1) - first
     first_key = tl.load(cu_k + sequence)
     length = tl.load(cu_k + sequence + 1) - first_key
-    shift = length - queries
+    shift, beyond, left, right = place(q_offset, sequence, queries, length, left, right)
     first_key = first_key.to(tl.int64)
     kv_head = kv_head.to(tl.int64)
     k += first_key * k_token + kv_head * k_head
@@ -266,21 +266,24 @@ def dkdv_kernel(
             if right is not None:
                 acc_k, acc_v = _collect_dkdv(
                     acc_k, acc_v, kt, vt, keys, low, tl.minimum(full_low, high), queries, length, shift,
-                    q_h, dout_h, lse_h, delta_h, q_token, dout_token, scale, softcap, slope, left, right,
+                    q_h, dout_h, lse_h, delta_h, q_token, dout_token, scale, softcap, slope, beyond, left, right,
                     DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, True, UPCAST,
                 )  # fmt: skip
             acc_k, acc_v = _collect_dkdv(
                 acc_k, acc_v, kt, vt, keys, full_low, full_high, queries, length, shift,
-                q_h, dout_h, lse_h, delta_h, q_token, dout_token, scale, softcap, slope, left, right,
+                q_h, dout_h, lse_h, delta_h, q_token, dout_token, scale, softcap, slope, beyond, left, right,
                 DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, False, UPCAST,
             )  # fmt: skip
             acc_k, acc_v = _collect_dkdv(
                 acc_k, acc_v, kt, vt, keys, full_high, high, queries, length, shift,
-                q_h, dout_h, lse_h, delta_h, q_token, dout_token, scale, softcap, slope, left, right,
+                q_h, dout_h, lse_h, delta_h, q_token, dout_token, scale, softcap, slope, beyond, left, right,
                 DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, True, UPCAST,
             )  # fmt: skip
         store_rows(dk + keys.to(tl.int64) * (KV_HEADS * DIM), inside, acc_k * scale, DIM, BLOCK_DIM)
         store_rows(dv + keys.to(tl.int64) * (KV_HEADS * DIM_V), inside, acc_v, DIM_V, BLOCK_DIM_V)
+
+
+INT32_MAX = 2**31 - 1
 
 
 def _config(kernel: str, q: Tensor, v: Tensor) -> Config:
@@ -290,6 +293,17 @@ def _config(kernel: str, q: Tensor, v: Tensor) -> Config:
 def _slopes_row(slopes: Tensor | None) -> int:
     """Distance of two sequences' slopes: 0 where one row serves all."""
     return 0 if slopes is None or slopes.dim() == 1 else slopes.stride(0)
+
+
+def _unpack(plan: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Lengths, tiles, and q_offset or None."""
+    cu_q, cu_k, query_tiles, key_tiles, *q_offset = plan
+    return cu_q, cu_k, query_tiles, key_tiles, q_offset[0] if q_offset else None
+
+
+def _sides(window: list[int], q_offset: Tensor | None) -> tuple[int | None, int | None]:
+    """Where queries may be far from the keys, no limit is as good as none."""
+    return sides(window) if q_offset is None else sides(window, INT32_MAX)
 
 
 def launch_fwd(
@@ -311,13 +325,13 @@ def launch_fwd(
 ) -> None:
     """Write to ``out`` and ``lse``, which are contiguous, and to ``parts``, if given; the rest is :func:`dense`."""
     tokens, heads = q.shape[:2]
-    cu_q, cu_k, tiles, _ = plan
-    left, right = sides(window)
+    cu_q, cu_k, tiles, _, q_offset = _unpack(plan)
+    left, right = _sides(window, q_offset)
     paged = block_table is not None
     with torch.cuda.device_of(q):
         if tiles.shape[0] and tokens:
             fwd_kernel[(tiles.shape[0] * heads,)](
-                q, k, v, out, lse, cu_q, cu_k, tiles, seqused_k, block_table, alibi_slopes, sinks, parts,
+                q, k, v, out, lse, cu_q, cu_k, tiles, seqused_k, q_offset, block_table, alibi_slopes, sinks, parts,
                 q.stride(0), q.stride(1), k.stride(0) if paged else 0, k.stride(-3), k.stride(-2),
                 v.stride(0) if paged else 0, v.stride(-3), v.stride(-2),
                 block_table.stride(0) if paged else 0, _slopes_row(alibi_slopes),
@@ -380,8 +394,8 @@ def varlen_attention_bwd(
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     tokens, heads = q.shape[:2]
     kv_heads = k.shape[1]
-    cu_q, cu_k, query_tiles, key_tiles = plan
-    left, right = sides(window)
+    cu_q, cu_k, query_tiles, key_tiles, q_offset = _unpack(plan)
+    left, right = _sides(window, q_offset)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     strides = (
         dout.stride(0), dout.stride(1), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -391,12 +405,12 @@ def varlen_attention_bwd(
         delta = deltas(dout, out, lse, dlse)
         if key_tiles.shape[0] and k.shape[0]:
             dkdv_kernel[(key_tiles.shape[0] * kv_heads,)](
-                dout, q, k, v, lse, delta, dk, dv, cu_q, cu_k, key_tiles, alibi_slopes, *strides,
+                dout, q, k, v, lse, delta, dk, dv, cu_q, cu_k, key_tiles, q_offset, alibi_slopes, *strides,
                 left=left, right=right, **constants(_config("dkdv", q, v), q, v, kv_heads, score),
             )  # fmt: skip
         if query_tiles.shape[0] and tokens:
             dq_kernel[(query_tiles.shape[0] * heads,)](
-                dout, q, k, v, lse, delta, dq, cu_q, cu_k, query_tiles, alibi_slopes, *strides,
+                dout, q, k, v, lse, delta, dq, cu_q, cu_k, query_tiles, q_offset, alibi_slopes, *strides,
                 left=left, right=right, **constants(_config("dq", q, v), q, v, kv_heads, score),
             )  # fmt: skip
     if sinks is None:

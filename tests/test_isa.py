@@ -23,7 +23,9 @@ from gapless import _native
 runs = []
 for case in torch.load(sys.argv[1]):
     q, k, v = (case[name].requires_grad_() for name in "qkv")
-    out, lse = gapless.varlen_attention(q, k, v, case["cu"], causal=True, softcap=20.0, return_lse=True, impl="native")
+    out, lse = gapless.varlen_attention(
+        q, k, v, case["cu"], causal=True, softcap=20.0, return_lse=True, impl="native", **case["options"]
+    )
     runs.append([out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), case["dout"])])
 torch.save((_native.cpu_isa(), runs), sys.argv[2])
 """
@@ -39,21 +41,32 @@ def child(code: str, *args: str, **environment: str) -> subprocess.CompletedProc
 def reference(case: dict, dtype: torch.dtype) -> list[torch.Tensor]:
     q, k, v = (case[name].detach().to(dtype).requires_grad_() for name in "qkv")
     out, lse = gapless.varlen_attention(
-        q, k, v, case["cu"], causal=True, softcap=20.0, return_lse=True, impl="reference"
+        q, k, v, case["cu"], causal=True, softcap=20.0, return_lse=True, impl="reference", **case["options"]
     )
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), case["dout"].to(dtype))]
 
 
 @pytest.fixture(scope="module")
 def cases() -> list[dict]:
-    """Grouped heads; a head dim that no vector divides; a value dim of its own."""
+    """Grouped heads; a head dim that no vector divides; a value dim of its own; queries before and behind the keys."""
     random = torch.Generator().manual_seed(0)
     cu = torch.tensor([0, *LENGTHS]).cumsum(0)
     made = []
-    for dtype, dim, dim_v in ((torch.float32, 64, 64), (torch.float32, 20, 24), (torch.bfloat16, 64, 64)):
+    moved = {
+        "q_offset": torch.tensor([0, -9, 3, 40, 2**31 - 1], dtype=torch.int32),
+        "alibi_slopes": torch.tensor([0.25, 0.125, 0.0625, 0.03125]) * 2.0**-20,
+        "window": (90, -1),
+    }
+    for dtype, dim, dim_v, options in (
+        (torch.float32, 64, 64, {}),
+        (torch.float32, 20, 24, {}),
+        (torch.bfloat16, 64, 64, {}),
+        (torch.float32, 20, 24, moved),
+        (torch.bfloat16, 64, 64, moved),
+    ):
         shapes = {"q": (4, dim), "k": (2, dim), "v": (2, dim_v), "dout": (4, dim_v)}
         tensors = {n: torch.randn(sum(LENGTHS), *s, generator=random).to(dtype) for n, s in shapes.items()}
-        made.append({"cu": cu, **tensors})
+        made.append({"cu": cu, "options": options, **tensors})
     return made
 
 

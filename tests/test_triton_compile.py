@@ -26,11 +26,11 @@ SPARSE = ["sparse_fwd", "sparse_dq", "sparse_dkdv"]
 FEATURES = {
     "causal": ["right"],
     "full": [],
-    "everything": ["left", "right", "softcap", "sinks", "slopes", "used", "pages", "patterns"],
+    "everything": ["left", "right", "softcap", "sinks", "slopes", "used", "q_offset", "pages", "patterns"],
 }
 WITH_PARTS = {"causal": ["right", "parts"], "full": ["parts"]}  # of the fused mass
 OPTIONAL = {
-    "left", "right", "softcap", "sinks", "slopes", "used", "pages", "parts",
+    "left", "right", "softcap", "sinks", "slopes", "used", "q_offset", "pages", "parts",
     "partial_offsets", "partial_ids", "kinds", "patterns",
 }  # fmt: skip
 BLOCKS = [(64, 64), (128, 128), (128, 64), (64, 128)]
@@ -91,6 +91,12 @@ SOME_EXPERT_CASES = [
     for i, (kernel, mode) in enumerate((k, mode) for k, modes in EXPERT_MODES.items() for mode in modes)
 ]
 OTHER_EXPERT_CASES = [x for x in ALL_EXPERT_CASES if x not in SOME_EXPERT_CASES]
+
+# Kernels of cross-entropy: dtypes and archs taking turns, with bias and softcap or without.
+ENTROPY_CASES = [
+    ("entropy_sums", 80, "bfloat16", True), ("entropy_sums", 90, "float32", False),
+    ("entropy_gradient", 80, "float16", False), ("entropy_gradient", 90, "bfloat16", True),
+]  # fmt: skip
 
 
 def name(case):
@@ -179,6 +185,13 @@ def test_small_expert_kernels(build, kernel):
     assert found["shared"] <= SHARED_KIB[80] * 1024 and found["spills_in_inner_loops"] == 0, found
 
 
+@pytest.mark.parametrize("case", ENTROPY_CASES, ids=lambda case: f"{case[0]}-sm{case[1]}-{case[2]}")
+def test_cross_entropy_fits(build, case):
+    found = build(*case)
+    assert found["shared"] <= SHARED_KIB[case[1]] * 1024 and found["spills_in_inner_loops"] == 0, found
+    assert (found["inner_loops"] > 0) == (case[0] == "entropy_sums"), found
+
+
 def test_table_covers_every_family_of_devices():
     from gapless.kernels.attention_config import ARCHS, SPARSE_TABLE, TABLE, family, padded
 
@@ -235,7 +248,8 @@ def compile_case(kernel, dims, arch, dtype, features, blocks):
     element = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[dtype]
     types = dict.fromkeys(["q", "k", "v", "out", "dout", "dq", "dk", "dv"], element)
     types |= dict.fromkeys(["lse", "dlse", "delta", "slopes", "sinks", "parts", "mass"], "*fp32")
-    types |= dict.fromkeys(["cu_q", "cu_k", "cu_seqlens", "tiles", "used", "pages", "table", "order"], "*i32")
+    types |= dict.fromkeys(["cu_q", "cu_k", "cu_seqlens", "tiles", "used", "q_offset"], "*i32")
+    types |= dict.fromkeys(["pages", "table", "order"], "*i32")
     types |= dict.fromkeys(["offsets", "ids", "partial_offsets", "partial_ids", "kinds", "patterns"], "*i32")
     types |= dict.fromkeys(["scale", "softcap"], "fp32")
     unaligned = {"scale", "softcap", "tokens", "page_size", "left", "right", "blocks", "batch", "count"}
@@ -278,6 +292,21 @@ def compile_expert_case(kernel, rows, arch, dtype, mode):
         types["rows"] = "i32"
         unaligned.add("rows")
     return compile_kernel(function, constants, types, unaligned, config, arch)
+
+
+def compile_entropy_case(kernel, arch, dtype, everything):
+    """Compile as the launcher would, with a bias and a cap if ``everything``."""
+    from gapless.kernels import linear_cross_entropy as module
+    from gapless.kernels.attention_config import Config
+
+    tile = dict(module.TILE)
+    config = Config(tile["BLOCK_M"], tile["BLOCK_N"], tile.pop("num_warps"), 3)
+    constants = tile | ({} if everything else {"bias": None, "softcap": None})
+    element = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[dtype]
+    types = dict.fromkeys(["logits", "bias", "out"], element)
+    types |= dict.fromkeys(["before", "after", "factors"], "*fp32") | {"targets": "*i64", "softcap": "fp32"}
+    function = getattr(module, kernel.removeprefix("entropy_") + "_kernel")
+    return compile_kernel(function, constants, types, {"rows", "columns", "first", "softcap"}, config, arch)
 
 
 def compile_kernel(function, constants, types, unaligned, config, arch):
@@ -379,7 +408,9 @@ if __name__ == "__main__":
     for line in sys.stdin:
         try:
             case = json.loads(line)
-            answer = (compile_expert_case if case[0] in EXPERT_MODULES else compile_case)(*case)
+            compile_it = compile_expert_case if case[0] in EXPERT_MODULES else compile_case
+            compile_it = compile_entropy_case if case[0].startswith("entropy_") else compile_it
+            answer = compile_it(*case)
         except Exception:  # the test reports it
             answer = {"error": traceback.format_exc()}
         print(json.dumps(answer), flush=True)

@@ -83,6 +83,14 @@ struct VarlenParams {
 
     const BlockLists* blocks = nullptr;  ///< or null: every key is seen that the window lets through
     const BlockMass* mass = nullptr;     ///< or null; if not, each bundle is one head
+    const int32_t* q_offset = nullptr;   ///< [batch], or null: see first_position
+
+    /// Key position of a sequence's first query, which may lie before or behind all keys. Always inlined:
+    /// kernels of one ISA must not stand in for another's.
+    __attribute__((always_inline)) int64_t first_position(int64_t sequence, int64_t len_q,
+                                                          int64_t len_k) const {
+        return q_offset ? q_offset[sequence] : len_k - len_q;
+    }
 };
 
 /// Keys and values of one sequence and kv head in the layout that the kernels' products read. Whoever first

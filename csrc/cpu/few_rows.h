@@ -52,7 +52,8 @@ class FewRows {
         const int32_t* tile = p.tiles + 3 * item.tile;
         const int32_t* cu_q = p.cu_seqlens_q + tile[0];
         first_token = cu_q[0];
-        map = {p.heads / p.kv_heads, cu_q[1] - cu_q[0], keys.length, p.left, p.right};
+        map = {p.heads / p.kv_heads, p.first_position(keys.sequence, cu_q[1] - cu_q[0], keys.length),
+               keys.length, p.left, p.right};
         row_begin = tile[1] * map.group, rows = (tile[2] - tile[1]) * map.group;
     }
 
@@ -186,6 +187,8 @@ class FewRows {
         const T slope = p.alibi_slopes
                             ? T(p.alibi_slopes[keys.sequence * p.alibi_batch_stride + head_of(row, kv_head)])
                             : T(0);
+        const I near = I(map.nearest(position));
+        const T beyond = T(position < near ? near - position : position - near);
         T* s = scores + row * kTile;
         Vec<T> best = splat(-kInfinity<T>);
         for (int64_t i = 0; i < count; i += w) {
@@ -193,8 +196,8 @@ class FewRows {
             for (int l = 0; l < w; ++l) key[l] = I(from + i + l);
             Vec<T> x = load(s + i) * T(score_factor(p)), tangent;
             if (p.softcap > 0 || slope != T(0))
-                x = modify_score<T>(x, splat(slope), __builtin_convertvector(I(position) - key, Vec<T>),
-                                    T(p.softcap), &tangent);
+                x = modify_score<T>(x, splat(slope), distance_of<T>(near - key) + beyond, T(p.softcap),
+                                    &tangent);
             x = (key >= seen_begin) & (key < seen_end) ? x : splat(-kInfinity<T>);
             best = vmax<T>(x, best);
             store(s + i, x);

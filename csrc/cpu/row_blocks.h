@@ -38,7 +38,8 @@ class RowBlocks {
         group = p.heads / p.bundles;
         const int32_t* cu_q = p.cu_seqlens_q + tile[0];
         first_token = cu_q[0];
-        map = {group, cu_q[1] - cu_q[0], keys.length, p.left, p.right};
+        map = {group, p.first_position(keys.sequence, cu_q[1] - cu_q[0], keys.length), keys.length, p.left,
+               p.right};
         row_begin = tile[1] * group, row_end = tile[2] * group;
         words = p.blocks ? p.blocks->words : 0;
         rewritten = p.softcap > 0 || p.alibi_slopes || !(p.scale > 0);

@@ -39,10 +39,11 @@ int64_t key_length(const VarlenParams& p, int64_t s) {
 /// Keys that some row of a query tile sees.
 std::pair<int64_t, int64_t> tile_keys(const VarlenParams& p, const int32_t* tile) {
     const int64_t keys = key_length(p, tile[0]);
-    const int64_t shift = keys - (p.cu_seqlens_q[tile[0] + 1] - p.cu_seqlens_q[tile[0]]);
-    const int64_t begin = p.left < 0 ? 0 : std::max<int64_t>(0, tile[1] + shift - p.left);
-    const int64_t end = p.right < 0 ? keys : std::min<int64_t>(keys, tile[2] + shift + p.right);
-    return {begin, std::max(begin, end)};
+    const int64_t first =
+        p.first_position(tile[0], p.cu_seqlens_q[tile[0] + 1] - p.cu_seqlens_q[tile[0]], keys);
+    const int64_t begin = p.left < 0 ? 0 : std::clamp<int64_t>(tile[1] + first - p.left, 0, keys);
+    const int64_t end = p.right < 0 ? keys : std::clamp<int64_t>(tile[2] + first + p.right, begin, keys);
+    return {begin, end};
 }
 
 /// How many kv heads of one tile a thread takes at once. They lie beside each other in memory, so as many as

@@ -319,7 +319,8 @@ class Backward {
         const int32_t* cu_q = p.cu_seqlens_q + sequence;
         const int32_t* cu_k = p.cu_seqlens_k + sequence;
         first_token = cu_q[0], first_key = cu_k[0];
-        map = {group, cu_q[1] - cu_q[0], cu_k[1] - cu_k[0], p.left, p.right};
+        const int64_t len_k = cu_k[1] - cu_k[0];
+        map = {group, p.first_position(sequence, cu_q[1] - cu_q[0], len_k), len_k, p.left, p.right};
         bundles = p.bundles / p.kv_heads, bundle = item.kv_head * bundles;
     }
 

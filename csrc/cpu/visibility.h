@@ -15,12 +15,14 @@ GAPLESS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / t
 /// Rows of one kv head of one sequence. The query heads that share the head are rows of their own, beside
 /// each other, so that a row's position never decreases: row = query * group + head in group.
 struct RowMap {
-    int64_t group, len_q, len_k;
+    int64_t group, first, len_k;  // heads of a query, key position of query 0, keys
     int32_t left, right;
 
     int64_t query(int64_t row) const { return group == 1 ? row : row / group; }
     int64_t position(int64_t row) const { return position_of(query(row)); }
-    int64_t position_of(int64_t query) const { return query + len_k - len_q; }
+    int64_t position_of(int64_t query) const { return query + first; }
+    /// The key next to a position, or the end of the keys.
+    int64_t nearest(int64_t position) const { return most(0, least(len_k, position)); }
     /// Calls f(i, query, head in group) of every row + i before `end`.
     template <class F>
     GAPLESS_INLINE void each(int64_t row, int64_t end, const F& f) const {
@@ -33,10 +35,8 @@ struct RowMap {
     /// First key seen, and one past the last; empty where end <= begin. Neither ever decreases with the row.
     int64_t begin(int64_t row) const { return begin_at(position(row)); }
     int64_t end(int64_t row) const { return end_at(position(row)); }
-    int64_t begin_at(int64_t position) const { return left < 0 ? 0 : most(0, position - left); }
-    int64_t end_at(int64_t position) const {
-        return right < 0 ? len_k : most(0, least(len_k, position + right + 1));
-    }
+    int64_t begin_at(int64_t position) const { return left < 0 ? 0 : nearest(position - left); }
+    int64_t end_at(int64_t position) const { return right < 0 ? len_k : nearest(position + right + 1); }
 };
 
 /// Keys that follow one another: [begin, end).

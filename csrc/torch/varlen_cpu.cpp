@@ -19,13 +19,15 @@ struct Call : AttentionCall {
          const std::vector<double>& score, const std::vector<int64_t>& window)
         : AttentionCall(q_in, k_in, v_in, block_table.has_value(), entry(plan, "plan", 0),
                         entry(plan, "plan", 1), score, window) {
-        STD_TORCH_CHECK(plan.size() == 4, "plan has ", plan.size(), " tensors: it has to have 4");
+        STD_TORCH_CHECK(plan.size() == 4 || plan.size() == 5, "plan has ", plan.size(),
+                        " tensors: it has to have 4, or 5 with q_offset");
         VarlenParams& p = params;
         const int64_t heads = p.heads;
         sizes.batch = batch, sizes.total_q = q.size(0), sizes.total_k = block_table ? 0 : k.size(0);
         sizes.query_tiles = keep(checked(plan[2], "query_tiles", ScalarType::Int, {-1, 3}));
         sizes.key_tiles = keep(checked(plan[3], "key_tiles", ScalarType::Int, {-1, 3}));
         sizes.query_tile_count = plan[2].size(0), sizes.key_tile_count = plan[3].size(0);
+        if (plan.size() == 5) p.q_offset = keep(checked(plan[4], "q_offset", ScalarType::Int, {batch}));
         if (seqused_k) p.seqused_k = keep(checked(*seqused_k, "seqused_k", ScalarType::Int, {batch}));
         if (block_table) {
             STD_TORCH_CHECK(seqused_k.has_value(), "block_table needs seqused_k");

@@ -322,6 +322,8 @@ class _DenseRun(NamedTuple):
         scale = q.shape[-1] ** -0.5 if scale is None else number("scale", scale)
         if plan is not None and not isinstance(plan, VarlenPlan):
             raise TypeError(f"plan is {plan!r:.80}, of type {type(plan).__name__}: it has to be a VarlenPlan")
+        if plan is not None and plan.q_offset is not None:
+            raise ValueError("plan has a q_offset: blocks and their mass are aligned at the bottom right")
         window = _window(causal)
         check_tensors(cu_seqlens_q=cu_seqlens_q)
         tensors = plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, None, tuple(window), plan)

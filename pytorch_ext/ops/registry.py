@@ -56,17 +56,24 @@ def _fwd_mass_fake(q, k, v, plan, blocks, score, window):
 # Planning inside a compiled graph, where Python cannot see the lengths.
 
 _library.define(
-    "varlen_plan(Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt total_q, SymInt? total_k, int[] window)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    "varlen_plan(Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt total_q, SymInt? total_k, int[] window,"
+    " Tensor? q_offset=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _varlen_plan(cu_seqlens_q, cu_seqlens_k, total_q, total_k, window):
-    plan = VarlenPlan.make(cu_seqlens_q, cu_seqlens_k, window=tuple(window), total_q=total_q, total_k=total_k)
-    return tuple(t.clone() for t in plan.tensors)
+def _varlen_plan(cu_seqlens_q, cu_seqlens_k, total_q, total_k, window, q_offset=None):
+    plan = VarlenPlan.make(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        window=tuple(window),
+        total_q=total_q,
+        total_k=total_k,
+        q_offset=q_offset,
+    )
+    return tuple(t.clone() for t in plan.tensors[:4])  # whose fifth would be q_offset itself
 
 
-def _varlen_plan_fake(cu_seqlens_q, cu_seqlens_k, total_q, total_k, window):
+def _varlen_plan_fake(cu_seqlens_q, cu_seqlens_k, total_q, total_k, window, q_offset=None):
     block_q, block_k = BLOCKS["cuda" if cu_seqlens_q.device.type == "cuda" else "cpu"]
     batch = cu_seqlens_q.shape[0] - 1
     keys = total_q if cu_seqlens_k is None else total_k

@@ -27,7 +27,7 @@ from gapless.ops.checks import (
     window_sides,
 )
 from gapless.ops.impl import Impl, choose
-from gapless.plan.varlen import VarlenPlan, cache, mask_window
+from gapless.plan.varlen import VarlenPlan, cache, check_q_offset, mask_window
 from gapless.reference import varlen as reference
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Inputs(NamedTuple):
     needs_grad: bool
     return_lse: bool
     has_tangent: bool = False  # of forward-mode derivatives
+    q_offset: Tensor | None = None
 
 
 def _no_tangents(x: Inputs) -> list[str]:
@@ -78,6 +79,8 @@ def _flash_attn_reasons(x: Inputs) -> list[str]:
         why.append("it has no sinks")
     if x.seqused_k is not None or x.block_table is not None:
         why.append("its public varlen function has no seqused_k")
+    if x.q_offset is not None:
+        why.append("it has no q_offset")
     if x.return_lse and x.needs_grad:
         why.append("its LSE has no gradient")
     return why
@@ -105,10 +108,11 @@ class Options(TypedDict, total=False):
 
 
 class PagedOptions(Options, total=False):
-    """And those about which keys are used."""
+    """And those about which keys are used, and where queries sit among them."""
 
     seqused_k: Tensor | None
     block_table: Tensor | None
+    q_offset: Tensor | None
 
 
 @overload
@@ -159,6 +163,7 @@ def varlen_attention(
     sinks: Tensor | None = None,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    q_offset: Tensor | None = None,
     return_lse: bool = False,
     plan: VarlenPlan | None = None,
     impl: Impl = "auto",
@@ -166,8 +171,9 @@ def varlen_attention(
     """Attention over a packed batch of sequences of different lengths, with no padding anywhere.
 
     Query ``i`` of a sequence with ``len_q`` queries and ``len_k`` keys sits at key position ``p = i + len_k - len_q``
-    (bottom-right alignment, as in flash-attn). It scores key ``j`` with ``s = scale * q_i . k_j``, then
-    ``softcap * tanh(s / softcap)`` if ``softcap`` is set, then ``- slope * |p - j|`` with ALiBi.
+    (bottom-right alignment, as in flash-attn), or, with ``q_offset``, at ``p = i + q_offset[sequence]``. It scores key
+    ``j`` with ``s = scale * q_i . k_j``, then ``softcap * tanh(s / softcap)`` if ``softcap`` is set, then
+    ``- slope * |p - j|`` with ALiBi.
 
     Args:
         q: queries, [tokens_q, heads, dim]; float32, bfloat16, float16 or float64.
@@ -185,8 +191,12 @@ def varlen_attention(
         sinks: [heads], a learnable score per head that joins the softmax with no value (gpt-oss, arXiv:2508.10925).
         seqused_k: int32 [batch], how many of a sequence's keys are used; forward only.
         block_table: int32 [batch, max_pages], the pages of each sequence; needs ``seqused_k``; forward only.
+        q_offset: int32 [batch], position among the keys of each sequence's first query, which may lie before or behind
+            all of them: so any part of a sequence's queries can meet any part of its keys under the mask of the whole,
+            and :func:`gapless.merge_attention` joins the results. None: bottom right.
         return_lse: also return the log-sum-exp of the scores.
-        plan: from :meth:`gapless.VarlenPlan.make`; None makes one, or finds the one made before for these tensors.
+        plan: from :meth:`gapless.VarlenPlan.make`; None makes one, or finds the one made before for these tensors. Its
+            ``q_offset`` counts, whether it is given here again or not.
         impl: ``auto`` takes the first implementation that can; a name takes that one or raises with its reasons.
 
     Returns:
@@ -201,6 +211,7 @@ def varlen_attention(
     bounds = _check(
         q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, seqused_k, block_table, plan
     )
+    q_offset = _q_offset(q, cu_seqlens_q, q_offset, plan, mask_window(causal, window))
     scale = q.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
@@ -210,10 +221,21 @@ def varlen_attention(
         name = "seqused_k" if block_table is None else "block_table"
         raise ValueError(f"{name} is for inference: call it under torch.no_grad() or detach its inputs")
     inputs = Inputs(
-        q, k, v, alibi_slopes, sinks, seqused_k, block_table, softcap, needs_grad, return_lse, tangent
+        q,
+        k,
+        v,
+        alibi_slopes,
+        sinks,
+        seqused_k,
+        block_table,
+        softcap,
+        needs_grad,
+        return_lse,
+        tangent,
+        q_offset,
     )
     name = choose(impl, REASONS, inputs)
-    tensors = plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, bounds, plan)
+    tensors = plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, bounds, plan, q_offset)
     if name != "native":  # whose operator looks at the values itself
         check_plan_values(q, k, tensors, seqused_k, block_table)
     if name == "reference":
@@ -230,6 +252,7 @@ def varlen_attention(
             sinks=sinks,
             seqused_k=seqused_k,
             block_table=block_table,
+            q_offset=q_offset,
         )
         return (out, lse) if return_lse else out
     if name == "flash_attn":
@@ -274,7 +297,7 @@ class _VarlenAttention(torch.autograd.Function):
         return dq, dk, dv, None, None if sinks is None else dsinks, *[None] * (3 + len(plan))
 
 
-def plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, window, plan) -> list[Tensor]:
+def plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, window, plan, q_offset=None) -> list[Tensor]:
     paged, device = block_table is not None, q.device
     total_k = None if paged else k.shape[0]
     if plan is not None:
@@ -297,15 +320,18 @@ def plan_tensors(q, k, cu_seqlens_q, cu_seqlens_k, block_table, window, plan) ->
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_device(name, t, q)
     if torch.compiler.is_compiling():
-        return list(registry.varlen_plan(cu_seqlens_q, cu_seqlens_k, q.shape[0], total_k, list(window)))
-    made = cache.get(
+        lengths = cu_seqlens_q, cu_seqlens_k, q.shape[0], total_k
+        made = list(registry.varlen_plan(*lengths, list(window), q_offset))
+        return made if q_offset is None else [*made, q_offset.contiguous()]
+    found = cache.get(
         cu_seqlens_q,
         cu_seqlens_k,
         window=window,
         total_q=q.shape[0],
         total_k=q.shape[0] if paged or cu_seqlens_k is None else total_k,
+        q_offset=q_offset,
     )
-    return made.tensors
+    return found.tensors
 
 
 def _check(
@@ -343,6 +369,32 @@ def _check(
         raise ValueError(f"window is {tuple(window)}: it has to be (left, right), each -1 or at least 0")
     # No sequence is longer than int32 tells: a wider window is no limit.
     return mask_window(causal, (left if left <= INT32_MAX else -1, right if right <= INT32_MAX else -1))
+
+
+def _q_offset(q, cu_seqlens_q, q_offset, plan, window) -> Tensor | None:
+    """The offsets that count: those of the plan, if there is one."""
+    if q_offset is not None:
+        check_q_offset(q_offset, cu_seqlens_q.shape[0] - 1)
+        check_device("q_offset", q_offset, q)
+        if plan is not None:
+            _check_same_offsets(q_offset, plan.q_offset)
+    if plan is not None:
+        q_offset = plan.q_offset
+    if q_offset is not None and max(window) > INT32_MAX:  # which is a limit to a query 2^32 away
+        raise ValueError(
+            f"window is {tuple(window)}: with q_offset each has to be at most {INT32_MAX}, or -1 for no limit"
+        )
+    return q_offset
+
+
+def _check_same_offsets(q_offset: Tensor, of_plan: Tensor | None) -> None:
+    if of_plan is None:
+        raise ValueError("plan has no q_offset, q_offset is given: give it to VarlenPlan.make, too")
+    if readable(q_offset, of_plan) and q_offset.shape == of_plan.shape and not torch.equal(q_offset, of_plan):
+        raise ValueError(
+            f"q_offset is {q_offset.tolist()!s:.80}, plan.q_offset is {of_plan.tolist()!s:.80}: "
+            "they have to be the same"
+        )
 
 
 def _check_side(name: str, t: Any, q: Tensor, dtypes: tuple, shapes: list[list[int]]) -> None:

@@ -31,6 +31,8 @@ class VarlenPlan:
             order, sequences costliest first. A sequence that has queries but no keys has one empty tile.
         block_q: most queries in a tile.
         block_k: most keys in a tile.
+        q_offset: int32 [batch], position among the keys of each sequence's first query; None aligns the last query with
+            the last key. A part of the mask: the plan holds for no other offsets.
     """
 
     cu_seqlens_q: Tensor
@@ -39,6 +41,7 @@ class VarlenPlan:
     key_tiles: Tensor
     block_q: int
     block_k: int
+    q_offset: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -47,12 +50,13 @@ class VarlenPlan:
     @property
     def tensors(self) -> list[Tensor]:
         """What the raw operators take."""
-        return [self.cu_seqlens_q, self.cu_seqlens_k, self.query_tiles, self.key_tiles]
+        tensors = [self.cu_seqlens_q, self.cu_seqlens_k, self.query_tiles, self.key_tiles]
+        return tensors if self.q_offset is None else [*tensors, self.q_offset]
 
     def to(self, device: torch.device | str) -> VarlenPlan:
         """The same plan with its tensors on ``device``."""
-        cu_q, cu_k, query, key = (t.to(device, non_blocking=True) for t in self.tensors)
-        return VarlenPlan(cu_q, cu_k, query, key, self.block_q, self.block_k)
+        cu_q, cu_k, query, key, *offset = (t.to(device, non_blocking=True) for t in self.tensors)
+        return VarlenPlan(cu_q, cu_k, query, key, self.block_q, self.block_k, *offset)
 
     @staticmethod
     def make(
@@ -65,6 +69,7 @@ class VarlenPlan:
         total_k: int | None = None,
         block_q: int | None = None,
         block_k: int | None = None,
+        q_offset: Tensor | None = None,
     ) -> VarlenPlan:
         """Check the lengths of a packed batch and lay out its tiles.
 
@@ -75,11 +80,13 @@ class VarlenPlan:
                 a plan stays right under any mask.
             total_q, total_k: tokens that the last entries have to equal, where known.
             block_q, block_k: most rows in a tile; None takes the device's default.
+            q_offset: int32 [batch], position among the keys of each sequence's first query, any value; None aligns the
+                last query with the last key.
 
         Raises:
-            TypeError: a ``cu_seqlens`` is not of an integer type.
+            TypeError: a ``cu_seqlens`` is not of an integer type, or ``q_offset`` is not int32.
             ValueError: a ``cu_seqlens`` does not start at 0, decreases, or does not end at the total; a block below 1
-                or a window below -1.
+                or a window below -1; a ``q_offset`` that is not [batch].
         """
         device = cu_seqlens_q.device
         default_q, default_k = BLOCKS["cuda" if device.type == "cuda" else "cpu"]
@@ -93,9 +100,10 @@ class VarlenPlan:
                 f"cu_seqlens_k has {host_k.shape[0]} entries, cu_seqlens_q has {host_q.shape[0]}: "
                 "both need one for each sequence and one for the end"
             )
+        offset = [] if q_offset is None else [_host_offset(q_offset, host_q.shape[0] - 1)]
         left, right = mask_window(causal, window)
         query_tiles, key_tiles = _planner.varlen_tiles(
-            host_q.numpy(), host_k.numpy(), block_q, block_k, left, right
+            host_q.numpy(), host_k.numpy(), block_q, block_k, left, right, *(t.numpy() for t in offset)
         )
         plan = VarlenPlan(
             host_q,
@@ -104,6 +112,7 @@ class VarlenPlan:
             torch.from_numpy(key_tiles).view(-1, 3),
             block_q,
             block_k,
+            *offset,
         )
         return plan if device.type == "cpu" else plan.to(device)
 
@@ -122,6 +131,22 @@ def _host(cu_seqlens: Tensor, name: str, total: int | None) -> Tensor:
     host = cu_seqlens.detach().to("cpu", torch.int64).contiguous()
     _planner.check_cu_seqlens(host.numpy(), name, -1 if total is None else total)
     return host.to(torch.int32)
+
+
+def _host_offset(q_offset: Tensor, batch: int) -> Tensor:
+    """A copy on the CPU, which nobody changes."""
+    check_q_offset(q_offset, batch)
+    return q_offset.detach().to("cpu", copy=True).contiguous()
+
+
+def check_q_offset(q_offset: object, batch: int) -> None:
+    """Raise unless it is int32 [batch]."""
+    if not isinstance(q_offset, Tensor):
+        raise TypeError(f"q_offset is of type {type(q_offset).__name__}: it has to be a tensor")
+    if q_offset.dtype != torch.int32:
+        raise TypeError(f"q_offset is {q_offset.dtype}: it has to be torch.int32")
+    if list(q_offset.shape) != [batch]:
+        raise ValueError(f"q_offset has shape {list(q_offset.shape)}: it has to be [{batch}]")
 
 
 class PlanCache:
@@ -144,15 +169,23 @@ class PlanCache:
         window: tuple[int, int],
         total_q: int | None = None,
         total_k: int | None = None,
+        q_offset: Tensor | None = None,
     ) -> VarlenPlan:
         """What :meth:`VarlenPlan.make` gives for these arguments, made once for each batch."""
-        inputs = [cu_seqlens_q] if cu_seqlens_k is None else [cu_seqlens_q, cu_seqlens_k]
+        given = (cu_seqlens_q, cu_seqlens_k, q_offset)
+        inputs = [t for t in given if t is not None]
         make = partial(
-            VarlenPlan.make, cu_seqlens_q, cu_seqlens_k, window=window, total_q=total_q, total_k=total_k
+            VarlenPlan.make,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            window=window,
+            total_q=total_q,
+            total_k=total_k,
+            q_offset=q_offset,
         )
         if any(t.is_inference() for t in inputs):
             return make()
-        key = (*map(id, inputs), window, total_q, total_k)
+        key = (*map(id, given), window, total_q, total_k)
         versions = [t._version for t in inputs]
         with self._lock:
             if found := self._plans.get(key):

@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 
-def visible(len_q: int, len_k: int, window: tuple[int, int], device: torch.device) -> Tensor:
-    """Boolean [len_q, len_k]: which keys each query sees, aligned at the bottom right corner.
+def positions(len_q: int, len_k: int, first: int | None, device: torch.device) -> Tensor:
+    """int64 [len_q]: key position of each query; ``first`` is the first one's, None aligns the ends."""
+    return torch.arange(len_q, device=device) + (len_k - len_q if first is None else first)
 
-    Query ``i`` sits at key position ``i + len_k - len_q`` and sees ``window[0]`` keys to its left and ``window[1]``
-    to its right; -1 is no limit.
+
+def visible(
+    len_q: int, len_k: int, window: tuple[int, int], device: torch.device, first: int | None = None
+) -> Tensor:
+    """Boolean [len_q, len_k]: which keys each query sees.
+
+    A query sees ``window[0]`` keys to the left of its position and ``window[1]`` to its right; -1 is no limit.
+    ``first`` as in :func:`positions`.
     """
-    position = torch.arange(len_q, device=device)[:, None] + (len_k - len_q)
+    position = positions(len_q, len_k, first, device)[:, None]
     offset = torch.arange(len_k, device=device)[None, :] - position
     left, right = window
     mask = torch.ones(len_q, len_k, dtype=torch.bool, device=device)
@@ -34,20 +41,22 @@ def attention(
     softcap: float = 0.0,
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    first: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One sequence: q [len_q, heads, dim], k [len_k, heads, dim], v [len_k, heads, dim_v].
 
-    Returns out [len_q, heads, dim_v] and LSE [heads, len_q]. Rows that see nothing give 0 and -inf (or the sink).
+    ``first`` as in :func:`positions`. Returns out [len_q, heads, dim_v] and LSE [heads, len_q]. Rows that see nothing
+    give 0 and -inf (or the sink).
     """
     len_q, len_k = q.shape[0], k.shape[0]
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if slopes is not None:
-        position = torch.arange(len_q, device=q.device)[:, None] + (len_k - len_q)
+        position = positions(len_q, len_k, first, q.device)[:, None]
         distance = (position - torch.arange(len_k, device=q.device)[None, :]).abs()
         scores = scores - slopes.to(scores.dtype)[:, None, None] * distance.to(scores.dtype)
-    scores = scores.masked_fill(~visible(len_q, len_k, window, q.device), -torch.inf)
+    scores = scores.masked_fill(~visible(len_q, len_k, window, q.device, first), -torch.inf)
     if sinks is not None:
         sink = sinks.to(scores.dtype)[:, None, None].expand(-1, len_q, 1)
         scores = torch.cat([scores, sink], dim=-1)
@@ -80,6 +89,7 @@ def varlen_attention(
     sinks: Tensor | None = None,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    q_offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification of :func:`gapless.varlen_attention`; returns (out, LSE) always."""
     heads, kv_heads = q.shape[1], k.shape[-2]
@@ -110,6 +120,7 @@ def varlen_attention(
             softcap=softcap,
             slopes=slopes,
             sinks=sinks,
+            first=None if q_offset is None else int(q_offset[i]),
         )
         outs.append(out)
         lses.append(lse)

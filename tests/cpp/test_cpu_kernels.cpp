@@ -35,7 +35,12 @@ struct Problem {
     int left = -1, right = -1;
     double softcap = 0;
     bool slopes = false, sinks = false;
-    int page_size = 0;  // 0: packed keys
+    int page_size = 0;                   // 0: packed keys
+    std::vector<int32_t> q_offset = {};  // none: bottom right
+
+    int64_t position(int s, int i) const {
+        return q_offset.empty() ? int64_t{i} + len_k[s] - len_q[s] : int64_t{i} + q_offset[s];
+    }
 };
 
 const Problem problems[] = {
@@ -78,6 +83,20 @@ const Problem problems[] = {
      .dim = 32,
      .right = 0,
      .page_size = 16},
+    {.name = "queries before, amid and behind the keys",
+     .len_q = {90, 5, 70, 33, 40, 3},
+     .len_k = {47, 9, 100, 60, 0, 1500},
+     .left = 40,
+     .right = 3,
+     .slopes = true,
+     .sinks = true,
+     .q_offset = {-50, 9, 20, 58, 3, 1400}},
+    {.name = "causal, queries as far from the keys as int32 goes",
+     .len_q = {90, 5, 70, 1},
+     .len_k = {47, 9, 100, 60},
+     .kv_heads = 4,
+     .right = 0,
+     .q_offset = {-20, INT32_MIN, INT32_MAX, 30}},
 };
 
 std::vector<int32_t> offsets(const std::vector<int32_t>& lengths) {
@@ -179,10 +198,12 @@ Results<A> attend(const Inputs<E>& in, const Round& round) {
     std::vector<A> score, slope_of_cap;
     for (int s = 0; s < in.batch; ++s)
         for (int row = 0; row < p.len_q[s] * p.heads; ++row) {
-            const int i = row / p.heads, h = row % p.heads, position = i + p.len_k[s] - p.len_q[s];
+            const int i = row / p.heads, h = row % p.heads;
+            const int64_t position = p.position(s, i), len_k = p.len_k[s];
             const int64_t token = in.cu_q[s] + i, kv = h / group;
-            const int begin = p.left < 0 ? 0 : std::max(0, position - p.left);
-            const int end = p.right < 0 ? p.len_k[s] : std::min(p.len_k[s], position + p.right + 1);
+            const int begin = p.left < 0 ? 0 : int(std::clamp<int64_t>(position - p.left, 0, len_k));
+            const int end =
+                p.right < 0 ? int(len_k) : int(std::clamp<int64_t>(position + p.right + 1, 0, len_k));
             const A sink = p.sinks ? round(A(in.sinks[h])) : none;
             A largest = sink, sum = 0;
             score.clear(), slope_of_cap.clear();
@@ -234,7 +255,7 @@ template <class E>
 Results<double> run(Inputs<E>& in, int thread_count) {
     const Problem& p = in.p;
     const int total = in.cu_q.back();
-    const auto tiles = plan::varlen_tiles(in.cu_q, in.cu_k, 64, 48, {p.left, p.right});
+    const auto tiles = plan::varlen_tiles(in.cu_q, in.cu_k, 64, 48, {p.left, p.right}, p.q_offset);
     Tensor<E> out(total, p.heads, p.dim_v), dq(total, p.heads, p.dim), dk(in.slots, p.kv_heads, p.dim),
         dv(in.slots, p.kv_heads, p.dim_v);
     std::vector<Lse<E>> lse(p.heads * total, Lse<E>(NAN)), delta = lse;
@@ -269,7 +290,8 @@ Results<double> run(Inputs<E>& in, int thread_count) {
                               .max_pages = in.max_pages,
                               .page_size = page,
                               .k_page_stride = page * in.k.packed().token_stride,
-                              .v_page_stride = page * in.v.packed().token_stride};
+                              .v_page_stride = page * in.v.packed().token_stride,
+                              .q_offset = data(p.q_offset)};
     const cpu::VarlenSizes sizes{in.batch,
                                  total,
                                  in.cu_k.back(),

@@ -156,13 +156,15 @@ void test_split() {
     for (const int64_t group : {1, 3})
         for (const int64_t len_k : {1, 40, 150})
             for (const int32_t left : {-1, 0, 5, 60})
-                for (const int32_t right : {-1, 0, 20}) {
-                    const RowMap map{group, 50, len_k, left, right};
-                    for (int64_t row = 0; row < 50 * group; row += 3 * kWidth)
-                        for (int64_t key = 0; key < len_k; key += 64)
-                            check_split(map, row, least(3 * kWidth, 50 * group - row), key,
-                                        least(len_k, key + 64));
-                }
+                for (const int32_t right : {-1, 0, 20})
+                    for (const int64_t first :
+                         {len_k - 50, int64_t{-70}, int64_t{-20}, int64_t{7}, int64_t{170}}) {
+                        const RowMap map{group, first, len_k, left, right};
+                        for (int64_t row = 0; row < 50 * group; row += 3 * kWidth)
+                            for (int64_t key = 0; key < len_k; key += 64)
+                                check_split(map, row, least(3 * kWidth, 50 * group - row), key,
+                                            least(len_k, key + 64));
+                    }
 }
 
 }  // namespace
