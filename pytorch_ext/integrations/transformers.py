@@ -10,6 +10,9 @@ Results are those of eager attention wherever there is a token, and 0 at padding
 Nothing is copied to unpad: in the plan padding is sequences with nothing to see. The plan is made once per forward pass
 and kind of mask, for all layers.
 
+Inside of :meth:`gapless.distributed.HDP.micro_batch` the batch is one row with the tokens of a rank's micro-batch, and
+attention goes over all ranks that hold parts of its sequences; boundaries are the micro-batch's.
+
 A ValueError says what it does not take: dropout in attention, 4-D masks, position biases (T5), masks other than causal,
 bidirectional, windowed and packed (such as chunked or with bidirectional images).
 """
@@ -25,6 +28,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from gapless.distributed.current import Running, current
 from gapless.integrations.lengths import even_cu_seqlens
 from gapless.integrations.rows import gather_rows, scatter_rows
 from gapless.ops.varlen import varlen_attention
@@ -97,6 +101,14 @@ class Packing:
         return self._split[1]
 
 
+@dataclass(frozen=True, eq=False)
+class OnRanks:
+    """What a mask says inside of a micro-batch: attention over ranks, under a window with causal folded in."""
+
+    running: Running
+    window: tuple[int, int]
+
+
 @torch.compiler.disable  # it plans from values, on the host
 def attention_mask(
     batch_size: int,
@@ -112,11 +124,22 @@ def attention_mask(
 ) -> Tensor:
     """transformers' mask interface: called once per forward pass and kind of mask, before the layers.
 
-    Returns a one-element tensor of NaN that carries the :class:`Packing`. Code that would take it for a mask of its
-    own shows it at once; four dims make transformers pass it on as it is.
+    Returns a one-element tensor of NaN that carries the :class:`Packing` or :class:`OnRanks`. Code that would take it
+    for a mask of its own shows it at once; four dims make transformers pass it on as it is.
     """
     device = torch.device(device)
     causal, window, packed = _read(mask_function)
+    if (running := current()) is not None:
+        if (
+            batch_size != 1
+            or q_length != kv_length
+            or (attention_mask is not None and not bool(attention_mask.all()))
+        ):
+            raise ValueError(
+                f"inside of a micro-batch the model takes one row without padding or cache: it has {batch_size} rows, "
+                f"{q_length} queries, {kv_length} keys, attention_mask {None if attention_mask is None else 'given'}"
+            )
+        return _carrier(OnRanks(running, window), device)
     first = int(q_offset) - kv_offset  # place of the first query among the keys
     reached = torch.arange(kv_length, device=device) < (first + q_length if causal else kv_length)
     keys = reached.expand(batch_size, -1)
@@ -153,8 +176,12 @@ def attention_mask(
         packing = Packing.of_lengths(
             queries.sum(1), keys.sum(1), window, rows_q=rows_q, rows_k=rows_k, **fields
         )
+    return _carrier(packing, device)
+
+
+def _carrier(mask: Packing | OnRanks, device: torch.device) -> Tensor:
     carrier = torch.full((1, 1, 1, 1), torch.nan, device=device)
-    setattr(carrier, _ATTRIBUTE, packing)
+    setattr(carrier, _ATTRIBUTE, mask)
     return carrier
 
 
@@ -210,6 +237,10 @@ def attention_forward(
             )
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         window = _bare_window(causal, sliding_window)
+        if (running := current()) is not None:
+            packing = OnRanks(running, window)
+    elif isinstance(packing, OnRanks):
+        window = packing.window
     else:
         if packing.size != (batch, queries, keys):
             raise ValueError(
@@ -220,6 +251,14 @@ def attention_forward(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))  # [tokens, heads, dim]
+    score: dict[str, Any] = {
+        "window": window,
+        "softcap": softcap or 0.0,
+        "scale": scaling,
+        "sinks": None if s_aux is None else s_aux.to(dtype),
+    }
+    if isinstance(packing, OnRanks):
+        return packing.running.attend(q, k, v, **score).unflatten(0, (batch, queries)), None
     boundaries: dict[str, Any]
     if cu_seq_lens_q is not None and (packing is None or not packing.padded):
         boundaries = {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}
@@ -236,16 +275,7 @@ def attention_forward(
         if packing.rows_q is not None:
             q = gather_rows(q, packing.rows_q)
             k, v = gather_rows(k, packing.rows_k), gather_rows(v, packing.rows_k)
-    out = varlen_attention(
-        q,
-        k,
-        v,
-        window=window,
-        softcap=softcap or 0.0,
-        scale=scaling,
-        sinks=None if s_aux is None else s_aux.to(dtype),
-        **boundaries,
-    )
+    out = varlen_attention(q, k, v, **score, **boundaries)
     if packing is not None and packing.rows_q is not None:
         out = scatter_rows(out, packing.rows_q, batch * queries)
     return out.unflatten(0, (batch, queries)), None

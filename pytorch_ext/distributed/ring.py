@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ring attention over the rings of one micro-batch, forward and backward (arXiv:2310.01889, arXiv:2502.21231).
+
+Keys and values travel as one tensor [tokens, kv_heads, dim + dim_v]. While a round is computed, the keys of the next
+are under way, and those of all other rings of the micro-batch, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gapless.distributed.peers import GRADIENTS, HOME, KEYS, Exchange, Message, tag_of
+from gapless.distributed.ring_plan import Ring, RingPlan, Round
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The raw operators, and what is the same in all their calls."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    score: list[float]  # scale, softcap
+    slopes: Tensor | None  # float32 [heads] or [sequences of the micro-batch, heads]
+    group: dist.ProcessGroup | None
+
+    def own_slopes(self, plan: RingPlan) -> Tensor | None:
+        """Of each chunk of this rank."""
+        if self.slopes is None or self.slopes.dim() == 1:
+            return self.slopes
+        return self.slopes.index_select(0, plan.own_sequences)
+
+    def ring_slopes(self, ring: Ring) -> Tensor | None:
+        """Of each sequence of a ring."""
+        if self.slopes is None or self.slopes.dim() == 1:
+            return self.slopes
+        return self.slopes[ring.sequences]
+
+
+def forward(
+    plan: RingPlan, attention: Attention, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """out [tokens, heads, dim_v] in q's dtype and LSE [heads, tokens] of this rank's queries over all keys.
+
+    A sink takes part once, with the chunks' own keys: every query has those.
+    """
+    keys = [_Keys(plan, ring, attention.group, k, v) for ring in plan.rings]
+    out, lse = attention.forward(
+        q,
+        k,
+        v,
+        plan.own.tensors,
+        None,
+        None,
+        attention.own_slopes(plan),
+        sinks,
+        attention.score,
+        list(plan.window),
+    )
+    merged = out.to(wide_dtype(q))
+    for round_, ring, travelling in _rounds(plan, keys):
+        at_hand = travelling.take(round_)
+        for pair in round_.pairs:
+            part, part_lse = attention.forward(
+                q[pair.queries],
+                *_split(at_hand[pair.keys], k.shape[-1]),
+                pair.plan.tensors,
+                None,
+                None,
+                attention.ring_slopes(ring),
+                None,
+                attention.score,
+                list(pair.window),
+            )
+            merge_(merged[pair.queries], lse[:, pair.queries], part, part_lse)
+    for travelling in keys:
+        travelling.finish()
+    return merged.to(q.dtype), lse
+
+
+def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Join the result over other keys to ``out`` [tokens, heads, dim] and ``lse`` [heads, tokens], in place."""
+    joint = torch.logaddexp(lse, part_lse)
+    old, new = (torch.exp(x - joint).masked_fill_(x == -torch.inf, 0.0).T[..., None] for x in (lse, part_lse))
+    out.mul_(old).addcmul_(part.to(out.dtype), new.to(out.dtype))
+    lse.copy_(joint)
+
+
+def backward(
+    plan: RingPlan,
+    attention: Attention,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dsinks); that of the sinks is this rank's part.
+
+    With ``out`` and ``lse`` over all keys, the local backward pass over some keys gives exactly their part of the
+    gradients. Those of travelling keys are summed in float32 (float64) from rank to rank.
+    """
+    keys = [_Keys(plan, ring, attention.group, k, v) for ring in plan.rings]
+    wide = wide_dtype(q)
+    dq, dk, dv, dsinks = attention.backward(
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        plan.own.tensors,
+        attention.own_slopes(plan),
+        sinks,
+        attention.score,
+        list(plan.window),
+    )
+    dq, dkv = dq.to(wide), torch.cat([dk.to(wide), dv.to(wide)], -1)
+    del dk, dv
+    gradients = [_Gradients(plan, ring, attention.group, dkv[ring.rows]) for ring in plan.rings]
+    sent = dict(zip(plan.rings, gradients, strict=True))
+    for round_, ring, travelling in _rounds(plan, keys):
+        at_hand = travelling.take(round_)
+        part = sent[ring].begin(round_)
+        for pair in round_.pairs:
+            rows = pair.queries
+            gradient_q, *gradient_kv, _ = attention.backward(
+                dout[rows],
+                None if dlse is None else dlse[:, rows],
+                q[rows],
+                *_split(at_hand[pair.keys], k.shape[-1]),
+                out[rows],
+                lse[:, rows],
+                pair.plan.tensors,
+                attention.ring_slopes(ring),
+                None,
+                attention.score,
+                list(pair.window),
+            )
+            dq[rows] += gradient_q
+            for total, term in zip(_split(part[pair.keys], k.shape[-1]), gradient_kv, strict=True):
+                total += term
+        sent[ring].deliver(round_, part)
+    for travelling in keys:
+        travelling.finish()
+    for gradient in gradients:
+        gradient.finish()
+    dk, dv = (x.to(k.dtype) for x in _split(dkv, k.shape[-1]))
+    return dq.to(q.dtype), dk, dv, dsinks
+
+
+def wide_dtype(q: Tensor) -> torch.dtype:
+    """What partial results are summed in."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _split(kv: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    return kv[..., :dim], kv[..., dim:]
+
+
+def _rounds(plan: RingPlan, keys: list[_Keys]) -> Iterator[tuple[Round, Ring, _Keys]]:
+    """Round by round, ring by ring: the order in which all ranks post and wait."""
+    for r in range(max((len(ring.rounds) for ring in plan.rings), default=0)):
+        for ring, travelling in zip(plan.rings, keys, strict=True):
+            if r < len(ring.rounds):
+                yield ring.rounds[r], ring, travelling
+
+
+class _Traveller:
+    """What one ring has under way in one direction."""
+
+    kind: str
+
+    def __init__(self, plan: RingPlan, ring: Ring, group: dist.ProcessGroup | None) -> None:
+        self._ring, self._group = ring, group
+        self._rank, self._step = plan.micro_batch.rank, plan.micro_batch.step
+        self._place = ring.shard.index
+
+    def _next(self, round_: Round) -> Round | None:
+        r = self._number(round_) + 1
+        return self._ring.rounds[r] if r < len(self._ring.rounds) else None
+
+    def _number(self, round_: Round) -> int:
+        return (self._place - round_.member) % len(self._ring.rounds)
+
+    def _post(self, round_: Round, sends: list[Message], receives: list[Message]) -> Exchange:
+        shard = self._ring.shard
+        about = (
+            f"rank {self._rank}, step {self._step}, pack {shard.pack} on ranks {list(shard.ranks)}, "
+            f"{self.kind} after round {self._number(round_)}"
+        )
+        return Exchange(sends, receives, self._group, about)
+
+    def _message(self, rows: Tensor, place: int, kind: int) -> Message:
+        return Message(rows, self._ring.rank(place), tag_of(self._ring.shard.pack, kind))
+
+
+class _Keys(_Traveller):
+    """Keys and values on their way around a ring."""
+
+    kind = "keys"
+
+    def __init__(
+        self, plan: RingPlan, ring: Ring, group: dist.ProcessGroup | None, k: Tensor, v: Tensor
+    ) -> None:
+        super().__init__(plan, ring, group)
+        self._at_hand = torch.cat([k[ring.rows], v[ring.rows]], -1)
+        self._hop(ring.rounds[0])
+
+    def _hop(self, round_: Round) -> None:
+        """Send on what is at hand; what comes is for the next round."""
+        following = self._next(round_)
+        rows = 0 if following is None else following.rows
+        self._coming = self._at_hand.new_empty(rows, *self._at_hand.shape[1:])
+        self._exchange = self._post(
+            round_,
+            [self._message(self._at_hand[round_.onward], self._place + 1, KEYS)],
+            [self._message(self._coming, self._place - 1, KEYS)],
+        )
+
+    def take(self, round_: Round) -> Tensor:
+        """The keys of this round; those of the next are under way from now on."""
+        if round_.member != self._place:
+            before = self._exchange
+            before.receive()
+            self._at_hand = self._coming
+            self._hop(round_)
+            before.finish()
+        return self._at_hand
+
+    def finish(self) -> None:
+        self._exchange.finish()
+
+
+class _Gradients(_Traveller):
+    """Gradients of keys and values, which follow them one round behind and then go home."""
+
+    kind = "gradients"
+
+    def __init__(self, plan: RingPlan, ring: Ring, group: dist.ProcessGroup | None, home: Tensor) -> None:
+        super().__init__(plan, ring, group)
+        self._home = self._coming = home  # of this rank's own keys
+        self._exchange: Exchange | None = None
+
+    def begin(self, round_: Round) -> Tensor:
+        """Where the gradients of the keys at hand are added up."""
+        if round_.member == self._place:
+            return self._home
+        return self._home.new_zeros(round_.rows, *self._home.shape[1:])
+
+    def deliver(self, round_: Round, part: Tensor) -> None:
+        """Add what the ranks before found for the same keys, and send the sum on, or home."""
+        if round_.member == self._place:
+            return
+        if self._exchange is not None:
+            self.finish()
+            part += self._coming
+        following = self._next(round_)
+        rows = 0 if following is None else following.rows
+        self._coming = part.new_empty(rows, *part.shape[1:])
+        self._arriving = round_.arriving
+        self._arrived = torch.empty_like(self._home[round_.arriving])
+        r = self._number(round_)
+        self._exchange = self._post(
+            round_,
+            [
+                self._message(part[round_.onward], self._place + 1, GRADIENTS),
+                self._message(part[round_.homeward], round_.member, HOME),
+            ],
+            [
+                self._message(self._coming, self._place - 1, GRADIENTS),
+                self._message(self._arrived, self._place + r, HOME),
+            ],
+        )
+
+    def finish(self) -> None:
+        """Wait for what is under way; what has come home is added."""
+        if self._exchange is not None:
+            self._exchange.finish()
+            self._home[self._arriving] += self._arrived
