@@ -6,14 +6,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gapless.schedule import CostModel, Schedule, traces
 from gapless.schedule.planners import planner
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Tell = Callable[[str], object]
 Row = dict[str, Any]
@@ -67,7 +71,9 @@ def planning(tell: Tell) -> Iterator[Row]:
         batch = _batch(trace, traces.GLOBAL_BATCH)
         for ranks in RANKS:
             tell(f"{trace}, {ranks} ranks")
-            schedule, spent = _timed(partial(planner("hdp"), batch, ranks=ranks, capacity=CAPACITY, cost=cost))
+            schedule, spent = _timed(
+                partial(planner("hdp"), batch, ranks=ranks, capacity=CAPACITY, cost=cost)
+            )
             share = spent / schedule.makespan
             yield _row("planning", f"{trace} {ranks}", "hdp", schedule, planned_in=spent, share_of_step=share)
 
@@ -129,9 +135,18 @@ def peers(tell: Tell) -> Iterator[Row]:
 def _peer(name: str, batch: NDArray[np.int64], ranks: int, capacity: int, cost: CostModel) -> Schedule:
     if name != "wlb":
         return planner(name)(batch, ranks=ranks, capacity=capacity, cost=cost)
-    from gapless.schedule.wlb import pack_once
+    from gapless.schedule.wlb import WlbPacker
 
-    return pack_once(batch, ranks=ranks, capacity=capacity, cost=cost)
+    # Nothing may wait for a later batch here: as few micro-batches as carry nothing over.
+    fewest = -(-int(batch.sum()) // (ranks * capacity))
+    for count in range(fewest, 2 * fewest + 4):
+        packer = WlbPacker(
+            ranks=ranks, capacity=capacity, cost=cost, micro_batches=count, levels=[capacity + 1]
+        )
+        iteration = packer.next(batch)
+        if len(iteration.numbers) == len(batch):
+            return iteration.schedule
+    raise ValueError("WLB-LLM's packing carries sequences over however many micro-batches there are")
 
 
 def optimum(tell: Tell) -> Iterator[Row]:
@@ -161,3 +176,34 @@ def hydraulis(tell: Tell) -> Iterator[Row]:
 STUDIES: dict[str, Callable[[Tell], Iterator[Row]]] = {
     f.__name__: f for f in (planning, balance, peers, optimum, ablation, hydraulis)
 }
+
+
+def named(names: list[str] | None) -> list[Callable[[Tell], Iterator[Row]]]:
+    """The studies of these names, or all. Raises ValueError where there is none of a name."""
+    for name in names or []:
+        if name not in STUDIES:
+            raise ValueError(f"study is {name!r}: it has to be one of {', '.join(STUDIES)}")
+    return [STUDIES[name] for name in names or STUDIES]
+
+
+def tables(rows: list[Row]) -> Iterator[Table]:
+    """A table for each study, whose columns are what its rows have."""
+    from rich.table import Table
+
+    for study, group in groupby(rows, key=lambda row: row["study"]):
+        found = list(group)
+        columns = list(dict.fromkeys(name for row in found for name in row if name not in ("study", "case")))
+        table = Table(box=None, pad_edge=False, title=study, title_justify="left")
+        for i, name in enumerate(columns):
+            table.add_column(name.replace("_", " "), justify="right" if i else "left")
+        for case, of_case in groupby(found, key=lambda row: row["case"]):
+            table.add_row(str(case), style="cyan")
+            for row in of_case:
+                table.add_row(*(_cell(row.get(name)) for name in columns))
+        yield table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

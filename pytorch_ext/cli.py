@@ -364,6 +364,38 @@ def experts(
     _measure_all(chosen, measured, out, as_json)
 
 
+@bench_app.command()
+def schedule(
+    study: Annotated[
+        Repeated,
+        typer.Option(help="planning, balance, peers, optimum, ablation or hydraulis; may be repeated. [all]"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Plan batches of many lengths for many ranks, play the plans, and compare planners."""
+    from gapless.bench import schedule_studies
+    from gapless.bench.machine import machine, machine_line
+
+    with _plain_errors():
+        chosen = schedule_studies.named(study)
+    data: dict = {"machine": machine(), "rows": []}
+    with _progress(Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for make in chosen:
+            data["rows"] += make(lambda text: progress.update(task, description=text))
+            progress.advance(task)
+    if out is not None:
+        out.write_text(json.dumps(data, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(data, indent=2))
+        return
+    console = Console()
+    for made in schedule_studies.tables(data["rows"]):
+        console.print(made)
+    console.print(machine_line(data["machine"]), style="dim", highlight=False, markup=False)
+
+
 @bench_app.command("report")
 def bench_report(
     file: Annotated[Path, typer.Argument(help="JSON of `gapless bench` or pytest-benchmark.")],
@@ -403,15 +435,15 @@ def demo(
     seconds: Seconds = 240.0,
     threads: Threads = 0,
 ) -> None:
-    """The operators at work on real input; with no name of a demo, `pack`, then `video`, then `experts`.
+    """The operators at work on real input; with no name of a demo, `pack`, `video`, `experts`, then `train`.
 
-    Then --steps and --seconds are those of `pack`, and the other reports are in the folders `video` and `experts` of
-    the first.
+    Then --steps and --seconds are those of `pack`, and the other reports are in folders of their names in the first.
     """
     if context.invoked_subcommand is None:
         pack(steps, out, seconds, threads)
         video(out=out / "video", threads=threads)
         experts_demo(out=out / "experts", threads=threads)
+        train(out=out / "train")
 
 
 @contextmanager
@@ -471,6 +503,23 @@ def experts_demo(
         from gapless.demo import experts as demo_experts
     settings = demo_experts.QUICK if quick else None
     demo_experts.run(out=out, seconds=seconds, threads=threads, settings=settings)
+
+
+@demo_app.command()
+def train(
+    out: Out = Path("report/train"),
+    seconds: Seconds = 150.0,
+    planner: Annotated[
+        list[str] | None, typer.Option(help="May be repeated. [static-cp, naive-hdp, hdp, zeppelin]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny: that it runs, nothing of speed.")] = False,
+) -> None:
+    """Train a small Llama on texts of very different lengths, on 4 processes, by the plans of several planners."""
+    with _needs_demo_packages():
+        from gapless.demo import schedules
+    settings = schedules.QUICK if quick else None
+    with _plain_errors():
+        schedules.run(out=out, seconds=seconds, settings=settings, planners=planner or schedules.PLANNERS)
 
 
 if __name__ == "__main__":

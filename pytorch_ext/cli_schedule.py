@@ -108,7 +108,7 @@ def plan(
             rows[name] = _summary(schedules[name], time.perf_counter() - begin)
         if refused and not rows:
             raise ValueError("; ".join(f"{name}: {why}" for name, why in refused.items()))
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     images = _draw(schedules, out) if out is not None else {}
     if as_json:

@@ -400,3 +400,62 @@ def test_demo_without_a_name_runs_all(monkeypatch, tmp_path):
     ]
     assert invoke("demo", "experts", "--quick", "--out", str(tmp_path)).exit_code == 0
     assert ran[-1] == ("experts", tmp_path, experts.QUICK)
+
+
+# Schedules.
+
+
+def test_plan_compares_planners(tmp_path):
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("\n".join(map(str, [9000, 100, 2500, 31, 0, 4096, 700])) + "\n")
+    asked = ["plan", "--lengths", str(lengths), "--ranks", "4", "--capacity", "4096", "--ranks-per-node", "2"]
+    result = invoke(*asked, "--json", "--out", str(tmp_path / "drawn"))
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert set(said["plans"]) == {"static-cp", "naive-hdp", "hdp", "zeppelin"} and not said["refused"]
+    for row in said["plans"].values():
+        assert row["tokens"] == 16427 and row["makespan"] >= row["lower_bound"] > 0
+    assert all((tmp_path / "drawn" / f"{name}.svg").stat().st_size > 1000 for name in said["plans"])
+    result = invoke(*asked, "--planner", "lpt", "--planner", "hdp", "--model", "llama-8b")
+    assert result.exit_code == 0, result.output
+    assert "7 sequences, 16427 tokens, the longest 9000" in result.stdout
+    assert "lpt cannot: lengths[0] is 9000" in result.stdout and "llama-8b at 200 TFLOP/s" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--planner", "best"], "planner is 'best'"),
+        (["--trace", "books"], "name is 'books'"),
+        (["--cost", "mine"], "name is 'mine'"),
+        (["--model", "/nowhere.json"], "nowhere.json"),
+        (["--lengths", __file__], "is not a whole number of tokens"),
+        (["--ranks", "2", "--planner", "hdp"], "a capacity of"),
+    ],
+)
+def test_plan_says_what_is_wrong(arguments, why):
+    result = invoke("plan", *arguments)
+    assert result.exit_code == 2, result.output
+    assert why in " ".join(result.output.split())
+
+
+def test_calibrate_writes_a_cost_model(tmp_path):
+    from gapless.schedule import CostModel, planners
+
+    path = tmp_path / "cost.json"
+    result = invoke(
+        "calibrate", "--tokens", "256", "--seconds", "1", "--no-link", "--out", str(path), "--json"
+    )
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    cost = CostModel.load(path)
+    assert cost.to_dict() == said["cost"] and cost.cell >= 0 < cost.token and cost.host_bandwidth > 0
+    assert {row["part"] for row in said["samples"]} == {"attention", "linear"}
+    assert all(row["fitted"] > 0 for row in said["samples"])
+    schedule = planners.planner("hdp")([300, 20], ranks=2, capacity=256, cost=cost)
+    assert 0 < schedule.lower_bound <= schedule.makespan
+
+
+def test_bench_schedule_refuses_unknown_studies():
+    result = invoke("bench", "schedule", "--study", "speed")
+    assert result.exit_code == 2 and "study is 'speed'" in " ".join(result.output.split())

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
 
 from gapless.bench import corpus
-from gapless.demo import batches, experts, fields, pack, topics, video
+from gapless.demo import batches, experts, fields, pack, schedules, topics, video
 from gapless.demo.train import Settings
 from gapless.experts import load_adapter
 
@@ -201,3 +201,20 @@ def test_balancing_looks_at_every_router():
     gates = [p for name, p in model.named_parameters() if name.endswith("gate.weight")]
     assert len(gates) == 2 and all(p.grad.any() for p in gates)
     assert not any(m._forward_hooks for m in model.modules())
+
+
+# The training demo.
+
+
+def test_planners_train_the_same_model(tmp_path):
+    result = schedules.run(out=tmp_path, settings=schedules.QUICK, planners=("static-cp", "hdp"))
+    one, *others = result["rows"]
+    assert [row["planner"] for row in others] == ["static-cp", "hdp"]
+    for row in others:
+        # A loss near 5.5 nats, summed in another order by every planner.
+        assert max(abs(a - b) for a, b in zip(one["losses"], row["losses"], strict=True)) < 1e-5
+        assert row["bytes"] > 0 == one["bytes"] and 0 <= row["idle"] < 1
+    for name in ("index.html", "result.json", "speed.png", "lengths.png", "measured.png", "hdp.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 and 'src="http' not in page

@@ -248,7 +248,7 @@ def test_named_cases():
 
 
 @pytest.mark.parametrize(
-    "some", [range(12), pytest.param(range(12, 50), marks=pytest.mark.slow)], ids=["some", "many"]
+    "some", [range(12), pytest.param(range(12, 50), marks=pytest.mark.thorough)], ids=["some", "many"]
 )
 def test_random_batches(some):
     check([random_case(seed) for seed in some])

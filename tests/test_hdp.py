@@ -4,6 +4,7 @@
 import hashlib
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +15,8 @@ from gapless.distributed.gradients import sum_gradients
 from gapless.distributed.hdp import HDP
 from gapless.distributed.losses import from_sequences
 from gapless.distributed.rows import Rows, rows_of
-from gapless.schedule import CostModel, MicroBatch, Pack, Schedule, schedule_of
+from gapless.schedule import Cluster, CostModel, MicroBatch, Pack, Schedule, schedule_of
+from gapless.schedule.planners import PLANNERS, planner
 from gapless.testing import assert_within_budget
 from gapless.testing.processes import shared
 
@@ -191,10 +193,10 @@ def digest(tensors) -> str:
     return hashed.hexdigest()
 
 
-def on_ranks(kind: str, options: dict) -> list:
+def on_ranks(kind: str, options: dict, schedules: dict[str, Schedule] = SCHEDULES) -> list:
     """Each schedule on this rank: (name, results of rank 0, digest of this rank's gradients, bytes offloaded)."""
     told = []
-    for name, schedule in SCHEDULES.items():
+    for name, schedule in schedules.items():
         hdp = HDP(model_of(kind), smallest=0, bucket_bytes=10_000)
         if options.get("checkpointing"):
             new = "activation_checkpointing_enable"  # older transformers call it by another name
@@ -209,11 +211,9 @@ def on_ranks(kind: str, options: dict) -> list:
     return told
 
 
-@pytest.mark.parametrize("kind, options", [("plain", {}), ("llama", {}), ("llama", {"checkpointing": True})])
-def test_losses_and_gradients_are_those_of_one_process(kind, options):
-    ranks = shared(RANKS).run(on_ranks, kind, options, timeout=PATIENCE)
+def assert_as_in_one_process(kind: str, schedules: dict[str, Schedule], ranks: list) -> None:
     for i, (name, actual, mine, _) in enumerate(ranks[0]):
-        schedule = SCHEDULES[name]
+        schedule = schedules[name]
         assert all(told[i][2] == mine for told in ranks), f"{name}: ranks have different gradients"
         oracle = in_one_process(kind, schedule, torch.float64)
         witness = in_one_process(kind, schedule, torch.float32)
@@ -225,11 +225,46 @@ def test_losses_and_gradients_are_those_of_one_process(kind, options):
                 )
             else:  # a rank had a micro-batch in which nothing counts
                 assert not got.any(), f"{name}: {key}"
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [("plain", {}), ("llama", {}), pytest.param("llama", {"checkpointing": True}, marks=pytest.mark.thorough)],
+)
+def test_losses_and_gradients_are_those_of_one_process(kind, options):
+    ranks = shared(RANKS).run(on_ranks, kind, options, timeout=PATIENCE)
+    assert_as_in_one_process(kind, SCHEDULES, ranks)
     if kind == "plain":
         assert all("unused" not in told[1] and "frozen" not in told[1] for told in ranks[0])
     if not options:
         at = list(SCHEDULES).index("offload")
         assert [told[at][3] > 0 for told in ranks] == [True] * RANKS
+
+
+WHOLE = ("multifit", "karmarkar-karp", "lpt")  # planners that never share a sequence
+LINKS = COST.replace(
+    kv_bytes=64.0, hidden_bytes=128.0, node_bandwidth=1e8, network_bandwidth=1e7, host_bandwidth=1e8
+)
+
+
+def planned(name: str, seed: int) -> Schedule:
+    """A random batch of a long-tailed kind on two nodes of two ranks of 20 tokens each."""
+    rng = np.random.default_rng(seed)
+    longest = 20 if name in WHOLE else 64
+    lengths = np.clip(rng.lognormal(2.0, 1.2, int(rng.integers(1, 14))), 0, longest).astype(int)
+    cluster = Cluster(RANKS, ranks_per_node=2, nics_per_node=1)
+    return planner(name)(lengths, ranks=cluster, capacity=20, cost=LINKS)
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(2), pytest.param(range(2, 50), marks=pytest.mark.thorough)], ids=["some", "all"]
+)
+def test_every_planner_trains_as_one_process(seeds):
+    schedules = {f"{name}, batch {seed}": planned(name, seed) for name in PLANNERS for seed in seeds}
+    assert any(len(s.moves) for s in schedules.values()) or len(seeds) == 2
+    assert sum(int(s.ring_sizes.max(initial=1)) > 1 for s in schedules.values()) >= len(seeds)
+    ranks = shared(RANKS).run(on_ranks, "plain", {}, schedules, timeout=PATIENCE * len(seeds))
+    assert_as_in_one_process("plain", schedules, ranks)
 
 
 def training(optimizer: str, steps: int) -> tuple[str, list[float]]:
