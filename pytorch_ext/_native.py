@@ -21,4 +21,6 @@ expert_grouped_mm = torch.ops.gapless.expert_grouped_mm.default
 expert_grouped_outer = torch.ops.gapless.expert_grouped_outer.default
 fused_experts_fwd = torch.ops.gapless.fused_experts_fwd.default
 fused_experts_bwd = torch.ops.gapless.fused_experts_bwd.default
+cross_entropy_sums = torch.ops.gapless.cross_entropy_sums.default
+cross_entropy_gradient = torch.ops.gapless.cross_entropy_gradient.default
 cpu_isa = torch.ops.gapless.cpu_isa.default

@@ -364,6 +364,50 @@ def experts(
     _measure_all(chosen, measured, out, as_json)
 
 
+@bench_app.command("cross-entropy")
+def cross_entropy(
+    tokens: Annotated[list[int] | None, typer.Option(help="May be repeated. [default: 8192]")] = None,
+    classes: Annotated[list[int] | None, typer.Option(help="Vocabulary; may be repeated. [128000]")] = None,
+    hidden: Annotated[list[int] | None, typer.Option(help="Size of a token; may be repeated. [2048]")] = None,
+    ignored: Annotated[float, typer.Option(help="Share of tokens without a target.", min=0, max=1)] = 0.0,
+    dtype: Annotated[Repeated, typer.Option(help="May be repeated. [default: bfloat16]")] = None,
+    direction: Annotated[Repeated, typer.Option(help="fwd or fwd_bwd; may be repeated. [fwd_bwd]")] = None,
+    impl: Annotated[Repeated, typer.Option(help="Of peers, by name; may be repeated.")] = None,
+    threads: Annotated[int, typer.Option(help="Of torch; 0 is torch's own choice.", min=0)] = 0,
+    device: str = "cpu",
+    rounds: Annotated[int, typer.Option(help="Most rounds of a case.", min=1)] = 50,
+    seconds: Annotated[float, typer.Option(help="Time for the rounds of one case.", min=0)] = 60.0,
+    memory: Annotated[
+        bool, typer.Option(help="Measure peak memory too, each in a process of its own.")
+    ] = True,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a last layer with its loss, forward and backward: the result is checked first, then all take turns."""
+    from gapless.bench import cross_entropy as losses
+
+    with _plain_errors():
+        chosen = list(
+            losses.cases_of(
+                tokens=tokens,
+                classes=classes,
+                hidden=hidden,
+                dtypes=dtype,
+                directions=direction,
+                ignored=ignored,
+                device=device,
+            )
+        )
+        losses.check_names(impl)
+    if threads:
+        torch.set_num_threads(threads)
+
+    def measured(c, tell):
+        return losses.run(c, impl, rounds=rounds, seconds=seconds, with_memory=memory, tell=tell)
+
+    _measure_all(chosen, measured, out, as_json)
+
+
 @bench_app.command()
 def schedule(
     study: Annotated[

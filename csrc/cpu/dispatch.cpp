@@ -34,11 +34,14 @@ namespace gapless::cpu {
     void expert_gather(const PairRowsParams&, int64_t, int64_t);                                             \
     void expert_combine(const PairRowsParams&, int64_t, int64_t);                                            \
     void expert_dot(const PairRowsParams&, int64_t, int64_t);                                                \
+    void softmax_sums(const CrossEntropyParams&, int64_t, int64_t);                                          \
+    void softmax_gradient(const CrossEntropyParams&, int64_t, int64_t);                                      \
     Kernels table() {                                                                                        \
         return {#ISA,          packed_size,     varlen_forward,    varlen_merge,       block_mass,           \
                 varlen_delta,  varlen_backward, backward_space,    expert_panel_bytes, expert_up,            \
                 expert_down,   grouped_mm,      expert_dpre_bytes, expert_backward_up, expert_backward_down, \
-                grouped_outer, expert_sum_rows, expert_gather,     expert_combine,     expert_dot};          \
+                grouped_outer, expert_sum_rows, expert_gather,     expert_combine,     expert_dot,           \
+                softmax_sums,  softmax_gradient};                                                            \
     }                                                                                                        \
     }
 

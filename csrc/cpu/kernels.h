@@ -2,6 +2,7 @@
 // The table of CPU kernels, one for each instruction set that they are compiled for.
 #pragma once
 
+#include "csrc/common/cross_entropy_params.h"
 #include "csrc/common/expert_params.h"
 #include "csrc/common/varlen_params.h"
 
@@ -47,6 +48,9 @@ struct Kernels {
     void (*expert_gather)(const PairRowsParams&, int64_t begin, int64_t end);
     void (*expert_combine)(const PairRowsParams&, int64_t begin, int64_t end);
     void (*expert_dot)(const PairRowsParams&, int64_t begin, int64_t end);
+    /// Rows [begin, end) of logits.
+    void (*softmax_sums)(const CrossEntropyParams&, int64_t begin, int64_t end);
+    void (*softmax_gradient)(const CrossEntropyParams&, int64_t begin, int64_t end);
 };
 
 /// The best table that this machine can run, not above GAPLESS_ISA (baseline, avx2, avx512, amx) or torch's

@@ -14,7 +14,8 @@ std::string cpu_isa() { return gapless::cpu::kernels().isa; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(gapless, m) {
-    // plan: cu_seqlens_q, cu_seqlens_k, query_tiles, key_tiles. score: scale, softcap. window: left, right.
+    // plan: cu_seqlens_q, cu_seqlens_k, query_tiles, key_tiles, maybe q_offset. score: scale, softcap.
+    // window: left, right.
     m.def(
         "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor[] plan, Tensor? seqused_k, Tensor? "
         "block_table, "
@@ -67,6 +68,15 @@ STABLE_TORCH_LIBRARY(gapless, m) {
         "topk_weights, Tensor saved, Tensor[] dispatch, str activation, int[] shape, float[] limits, "
         "int[] wanted) -> (Tensor dx, Tensor dtopk_weights, Tensor dw_gate_up, Tensor dw_down, "
         "Tensor db_gate_up, Tensor db_down)");
+    // Logits of classes [first, first + columns). sums, [4, tokens]: maximum, sum of exp(logit - maximum),
+    // the target's logit, sum of all logits (if total). factors, [4, tokens]: LSE, and what the softmax, the
+    // target and every class are multiplied by. A target below 0 leaves its row out.
+    m.def(
+        "cross_entropy_sums(Tensor logits, Tensor? bias, Tensor targets, Tensor sums, int first, float "
+        "softcap, bool total) -> Tensor");
+    m.def(
+        "cross_entropy_gradient(Tensor logits, Tensor? bias, Tensor targets, Tensor factors, int first, "
+        "float softcap, Tensor(a!) out, Tensor(b!)? sideways) -> ()");
     m.def("cpu_isa() -> str");
 }
 
