@@ -21,6 +21,7 @@ from gapless.schedule.planners import planner
 STORED = Path(__file__).with_name("schedule_optimum.json")
 PLANNERS = ("static-cp", "naive-hdp", "hdp", "zeppelin", "dynamic-cp", "hybrid-cp", "flexsp")
 WHOLE_PLANNERS = ("multifit", "karmarkar-karp", "lpt")  # of sequences that are never shared: another optimum
+OFFLOADING = ("naive-hdp", "hdp")
 
 # A 7B model's layer at 400 TFLOP/s; links at three speeds: rings that cost nothing, something, a lot.
 _LAYER = {"cell": 4.1e-11, "token": 1.0e-6, "layers": 32, "kv_bytes": 16384.0}
@@ -82,10 +83,14 @@ def regret(name: str, case: dict) -> float | None:
     best = case["whole" if name in WHOLE_PLANNERS else "optimum"]
     if best is None:
         return None
-    cost = COSTS[case["cost"]]
-    return (
-        planner(name)(case["lengths"], ranks=case["ranks"], capacity=CAPACITY, cost=cost).makespan / best - 1
-    )
+    how = {"ranks": case["ranks"], "capacity": CAPACITY, "cost": COSTS[case["cost"]]}
+    if name in OFFLOADING:
+        how["offload"] = False  # the optimum knows no hosts
+    try:
+        schedule = planner(name)(case["lengths"], **how)
+    except ValueError:
+        return None  # rings of 2^k of three ranks do not hold the longest sequence
+    return schedule.makespan / best - 1
 
 
 def regrets(

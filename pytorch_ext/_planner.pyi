@@ -79,7 +79,7 @@ def zone_plan(
     fullness: float,
     most_steps: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """(step [n], offsets [n + 1], ranks, end [ranks]): step (-1: left over) and ring of each sequence; see zeppelin.h."""
+    """(step [n], offsets [n + 1], ranks, end [ranks]): step (-1: left over), ring of each sequence; see zeppelin.h."""
 
 def hidden_ranks(attention: float, transfer: float, hop: float, most: int) -> int:
     """Most ranks over which a ring's transfers hide behind attention, at least 1."""

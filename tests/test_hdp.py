@@ -229,7 +229,11 @@ def assert_as_in_one_process(kind: str, schedules: dict[str, Schedule], ranks: l
 
 @pytest.mark.parametrize(
     "kind, options",
-    [("plain", {}), ("llama", {}), pytest.param("llama", {"checkpointing": True}, marks=pytest.mark.thorough)],
+    [
+        ("plain", {}),
+        ("llama", {}),
+        pytest.param("llama", {"checkpointing": True}, marks=pytest.mark.thorough),
+    ],
 )
 def test_losses_and_gradients_are_those_of_one_process(kind, options):
     ranks = shared(RANKS).run(on_ranks, kind, options, timeout=PATIENCE)

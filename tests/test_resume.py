@@ -135,7 +135,9 @@ def digest_of(*sources) -> str:
     return hashed.hexdigest()
 
 
-@pytest.mark.parametrize("where, optimizer", [("step", "zero"), pytest.param("save", "whole", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "where, optimizer", [("step", "zero"), pytest.param("save", "whole", marks=pytest.mark.thorough)]
+)
 def test_a_run_that_loses_a_rank_ends_as_if_nothing_had_happened(tmp_path, where, optimizer):
     whole = shared(RANKS).run(train, str(tmp_path / "whole"), optimizer, timeout=PATIENCE)
     at = random.Random(where).choice(range(EVERY + 1, STEPS)) if where == "step" else 2 * EVERY - 1

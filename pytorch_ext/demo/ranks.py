@@ -133,6 +133,6 @@ def run(settings: Settings) -> dict[str, Any]:
                 "planned": {"makespan": schedule.makespan, "bound": schedule.lower_bound},
             }
         )
-    batches = None
+    del batches  # its threads
     highest = train._memory(memory.peak) if idle else None
     return {"steps": steps, "idle_bytes": idle, "peak_bytes": highest}

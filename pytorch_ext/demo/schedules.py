@@ -117,7 +117,7 @@ def run(
                 runs[name] = processes.run(ranks.run, replace(base, planner=name))
     one = summary("one", runs["one"])
     rows = [one, *(summary(name, runs[name]) for name in planners)]
-    result = {
+    result: dict[str, Any] = {
         "settings": {k: v for k, v in asdict(base).items() if k not in ("planner", "cost")},
         "cost": base.cost,
         "lengths": lengths,

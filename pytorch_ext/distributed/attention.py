@@ -178,7 +178,8 @@ def varlen_attention(
         return_lse,
         has_tangent(q, k, v, sinks),
     )
-    attention = ring.Attention(*_raw(choose(impl, REASONS, inputs)), score, alibi_slopes, group)
+    forward, backward = _raw(choose(impl, REASONS, inputs))
+    attention = ring.Attention(forward, backward, score, alibi_slopes, group)
     if needs_grad:
         out, lse = _RingAttention.apply(q, k, v, sinks, plan, attention)
     else:

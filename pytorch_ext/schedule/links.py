@@ -151,7 +151,7 @@ def moves(schedule: Schedule) -> Moves:
     time = tokens * np.where(across, far, near) + cost.latency
     ranks, ends = np.concatenate([source, target]), np.tile(step, 2)
     key, place = np.unique(ranks * steps + ends, return_inverse=True)
-    own = np.bincount(place, weights=np.tile(time, 2), minlength=len(key))
+    own = np.bincount(place, weights=np.tile(time, 2), minlength=len(key)).astype(np.float64)
     longest = np.zeros(steps)
     np.maximum.at(longest, key % steps, own)
     for end in (source, target):

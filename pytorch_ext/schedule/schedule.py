@@ -134,7 +134,7 @@ class Schedule:
         return self._sum(self.cost.cells(self.lengths))
 
     def _sum(self, values: NDArray) -> NDArray[np.float64]:
-        return np.bincount(self.pack_of, weights=values, minlength=self.packs)
+        return np.bincount(self.pack_of, weights=values, minlength=self.packs).astype(np.float64)
 
     @cached_property
     def across_nodes(self) -> NDArray[np.bool_]:
