@@ -17,7 +17,7 @@ TOKENS_OF_DEVICE = 4096  # whose activations one device holds beside its share o
 # What tensor parallelism leaves of a device's speed: its all-reduces are exposed. Assumed, of the usual size on NVLink.
 EFFICIENCY = {1: 1.0, 2: 0.94, 4: 0.86, 8: 0.72}
 CONTEXT = 32768
-BATCHES = 8
+BATCHES = 4
 
 
 def replica(tp: int, stages: int = 1) -> Replica:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -81,16 +81,14 @@ def planning(tell: Tell) -> Iterator[Row]:
 def balance(tell: Tell) -> Iterator[Row]:
     """How far every planner's makespan is above the lower bound, on the large traces."""
     cost = CostModel.published("bytescale")
-    for trace in ("byted", "github"):
-        for ranks in RANKS:
-            # Tokens in proportion to the ranks, as in practice: 32K a rank.
-            batch = _batch(trace, 32768 * ranks)
-            for name in ("hdp", "zeppelin"):
-                tell(f"{trace}, {ranks} ranks: {name}")
-                schedule = planner(name)(batch, ranks=ranks, capacity=CAPACITY, cost=cost)
-                yield _row(
-                    "balance", f"{trace} {ranks}", name, schedule, decided_by_one=decided_by_one(schedule)
-                )
+    for trace, context, ranks in product(("byted", "github"), (CONTEXT // 8, CONTEXT), RANKS):
+        # Tokens in proportion to the ranks, as in practice: 32K a rank.
+        batch = _batch(trace, 32768 * ranks, context)
+        case = f"{trace}, {context // 1024}K context, {ranks} ranks"
+        for name in ("hdp", "zeppelin") if ranks <= RANKS[1] else ("hdp",):
+            tell(f"{case}: {name}")
+            schedule = planner(name)(batch, ranks=ranks, capacity=CAPACITY, cost=cost)
+            yield _row("balance", case, name, schedule, decided_by_one=decided_by_one(schedule))
 
 
 # trace, tokens, context, ranks, capacity: at equal caps, what planners of whole sequences can do too.

@@ -52,7 +52,7 @@ def _plain_errors():
 
 def _implementations() -> list[dict]:
     """Of each operator on each device: which implementations take a plain bfloat16 batch with gradients, or why not."""
-    from gapless.ops import block_sparse, experts, reroute, varlen
+    from gapless.ops import block_sparse, experts, linear_cross_entropy, reroute, varlen
 
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     rows = []
@@ -76,6 +76,7 @@ def _implementations() -> list[dict]:
             "block_sparse_attention": (block_sparse.REASONS, block_sparse.Inputs(x)),
             "reroute": (reroute.REASONS, reroute.Inputs(ids, "reroute")),
             "fused_experts": (experts.REASONS, experts.Inputs(x)),
+            "linear_cross_entropy": (linear_cross_entropy.REASONS, linear_cross_entropy.Inputs(x)),
         }
         for op, (implementations, inputs) in ops.items():
             for impl, unsupported in implementations.items():

@@ -63,6 +63,7 @@ def run(function: Any, given: dict[str, Tensor], dtype: torch.dtype, **options: 
 def test_linear(chunked: bool, options: dict, dtype: torch.dtype, monkeypatch):
     if chunked:
         monkeypatch.setattr(chunks, "CHUNK_BYTES", 2000)
+        monkeypatch.setattr(chunks, "KEEP_BYTES", 0)
         monkeypatch.setattr(chunks, "MIN_CLASSES", 64)
     given = make(13, 12, 150, dtype)
     actual = run(gapless.linear_cross_entropy, given, dtype, impl="triton", **options)

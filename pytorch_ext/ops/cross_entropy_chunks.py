@@ -4,7 +4,7 @@
 A chunk is a product by torch, of which a kernel makes sums, or gradients. The backward pass makes each chunk again: 4
 products of tokens x classes x hidden instead of 3, for which memory does not grow with the classes, gradients are added
 up in float32 and rounded once, any gradient may arrive, and nothing is computed for a backward pass that never comes.
-Where all logits fit into one chunk they are kept for it instead. A token that is left out costs a CPU nothing.
+Few logits are kept for it instead. A token that is left out costs a CPU nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 64 << 20  # of logits
+KEEP_BYTES = 256 << 20  # up to which all logits are kept for the backward pass
 MIN_CLASSES = 2048  # of a chunk, if there are so many: products of fewer are slow
 ROUND_CLASSES = 64
 
@@ -39,9 +40,9 @@ def wide(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def fits(tokens: int, classes: int, itemsize: int) -> bool:
-    """All logits are one chunk."""
-    return tokens * classes * itemsize <= CHUNK_BYTES
+def kept(tokens: int, classes: int, itemsize: int) -> bool:
+    """Whether logits are so few that they are kept for the backward pass."""
+    return tokens * classes * itemsize <= KEEP_BYTES
 
 
 def chunks(tokens: int, classes: int, itemsize: int) -> tuple[list[slice], list[slice]]:
@@ -148,24 +149,25 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [T], LSE [T], logits [T, V]; without ``keep`` [0, V])."""
     tokens, classes = x.shape[0], weight.shape[0]
-    kept = x.new_empty(tokens if keep else 0, classes)
+    logits = x.new_empty(tokens if keep else 0, classes)
     used, chosen = _used(targets), targets
     if used is not None:
         x, chosen = x[used], targets[used]
-        kept[x.shape[0] :].zero_()
+        logits[x.shape[0] :].zero_()
     sums = no_sums(chosen, wide(x))
-    rows, columns = chunks(x.shape[0], classes, x.element_size())
-    chunk = None if keep else _Chunk(x, rows, columns)
+    rows, columns = [slice(0, x.shape[0])], [slice(0, classes)]
+    if not keep:
+        rows, columns = chunks(x.shape[0], classes, x.element_size())
+        chunk = _Chunk(x, rows, columns)
     for c in columns:
         for r in rows:
-            logits = kept[: x.shape[0]] if chunk is None else chunk.of(_size(r), _size(c))
-            torch.mm(x[r], weight[c].t(), out=logits)
+            made = torch.mm(x[r], weight[c].t(), out=logits[r] if keep else chunk.of(_size(r), _size(c)))
             part = None if bias is None else bias[c]
-            sums[:, r] = kernels.sums(logits, part, chosen[r], sums[:, r], c.start, softcap, smoothing > 0)
+            sums[:, r] = kernels.sums(made, part, chosen[r], sums[:, r], c.start, softcap, smoothing > 0)
     losses, lse = losses_of(sums, chosen, classes, smoothing)
     if used is not None:
         losses, lse = (t.new_zeros(tokens).index_copy_(0, used, t) for t in (losses, lse))
-    return losses, lse, kept
+    return losses, lse, logits
 
 
 def backward(
@@ -177,7 +179,7 @@ def backward(
     bias: Tensor | None,
     targets: Tensor,
     lse: Tensor,
-    kept: Tensor,
+    logits: Tensor,
     softcap: float,
     smoothing: float,
     wanted: list[bool],
@@ -203,8 +205,8 @@ def backward(
         for r in rows:
             shape = _size(r), _size(c)
             grad, turn = chunk.of(*shape), turned.of(*shape[::-1]) if turned else None
-            logits = kept[: x.shape[0]] if kept.shape[0] else torch.mm(x[r], weight[c].t(), out=grad)
-            kernels.gradient(logits, part, targets[r], factors[:, r], c.start, softcap, grad, turn)
+            made = logits[r, c] if logits.shape[0] else torch.mm(x[r], weight[c].t(), out=grad)
+            kernels.gradient(made, part, targets[r], factors[:, r], c.start, softcap, grad, turn)
             if wanted[0]:
                 to_x.add(grad, weight[c], r, first=c.start == 0)
             if wanted[1]:

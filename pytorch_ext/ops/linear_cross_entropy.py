@@ -23,7 +23,7 @@ from gapless.ops.checks import (
     number,
     readable,
 )
-from gapless.ops.cross_entropy_chunks import fits, wide
+from gapless.ops.cross_entropy_chunks import kept, wide
 from gapless.ops.impl import Impl, choose
 from gapless.reference import linear_cross_entropy as reference
 
@@ -81,8 +81,8 @@ def linear_cross_entropy(
     """``cross_entropy(x @ weight.T + bias, targets)`` without the logits in memory.
 
     Logits are made a chunk of 64 MiB at a time, in x's dtype, and once more for the gradients (arXiv:2411.09009 does so
-    on GPUs); all that is kept for the backward pass is the LSE. Logits that are one chunk are kept instead. On a CPU
-    tokens that are left out cost nothing.
+    on GPUs); the backward pass needs the LSE alone. Up to 256 MiB of logits are kept instead. On a CPU tokens that are
+    left out cost nothing.
 
     Args:
         x: what goes into the last layer, [T, H]; float32, bfloat16, float16 or float64. Under autocast, as F.linear.
@@ -132,7 +132,7 @@ def linear_cross_entropy(
     classes = _classes(targets, ignore_index, weight.shape[0])
     options = float(softcap), float(label_smoothing)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        keep = fits(x.shape[0], weight.shape[0], x.element_size())
+        keep = kept(x.shape[0], weight.shape[0], x.element_size())
         losses, lse = _LinearCrossEntropy.apply(x, weight, bias, classes, *options, keep, name)
     else:
         run = cross_entropy_registry.linear_cross_entropy_fwd

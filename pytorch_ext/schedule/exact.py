@@ -65,9 +65,16 @@ def search(
     return schedule_of(sizes, packs, ranks=cluster, capacity=limits, cost=cost, planner=name), proven
 
 
-def plan(lengths: ArrayLike, *, ranks: int | Cluster, capacity: ArrayLike, cost: CostModel) -> Schedule:
+def plan(
+    lengths: ArrayLike,
+    *,
+    ranks: int | Cluster,
+    capacity: ArrayLike,
+    cost: CostModel,
+    most_states: int = MOST_STATES,
+) -> Schedule:
     """The schedule of :func:`search`. Raises ValueError, as it does, and where the search gave up."""
-    schedule, proven = search(lengths, ranks=ranks, capacity=capacity, cost=cost)
+    schedule, proven = search(lengths, ranks=ranks, capacity=capacity, cost=cost, most_states=most_states)
     if not proven:
         raise ValueError(
             f"lengths has {len(schedule.lengths)} entries: too many for the exact search on these ranks"
