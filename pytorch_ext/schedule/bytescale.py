@@ -13,6 +13,7 @@ as many ranks as it needs. Three planners:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,11 @@ from gapless.schedule.schedule import Schedule
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+ENOUGH = 0.005  # over the lower bound: what is left is not worth looking for
+MOST_SHARED = 3  # sequences a rank that are tried as shared ones
+FEW = 32  # sequences a rank: of more of them, whole ones come out even
+Found = tuple[Ints, Ints, Ints, Ints]  # pack_of, rank_offsets, ring_ranks, steps
 
 # How far above its bound the target is tried; a plan that meets one ends the search.
 _GAPS = (0.0, 0.003, 0.01, 0.02, 0.03, 0.045, 0.07, 0.12, 0.25, 0.6)
@@ -87,18 +93,69 @@ def plan(
     else:
         check_holds(sizes, share, limits)
         found = _search(sizes, share, limits, cluster, cost, pipelines=balance == "pp")
-    pack_of, rank_offsets, ring_ranks, steps = found
-    return Schedule(
-        lengths=sizes,
-        pack_of=pack_of,
-        rank_offsets=rank_offsets,
-        ring_ranks=ring_ranks,
-        steps=steps,
-        offload=_ratios(sizes, pack_of, rank_offsets, ring_ranks, limits, cost),
-        capacity=limits,
-        cluster=cluster,
-        cost=cost,
-        planner=name,
+
+    def schedule(found: Found) -> Schedule:
+        pack_of, rank_offsets, ring_ranks, steps = found
+        return Schedule(
+            lengths=sizes,
+            pack_of=pack_of,
+            rank_offsets=rank_offsets,
+            ring_ranks=ring_ranks,
+            steps=steps,
+            offload=_ratios(sizes, pack_of, rank_offsets, ring_ranks, limits, cost),
+            capacity=limits,
+            cluster=cluster,
+            cost=cost,
+            planner=name,
+        )
+
+    best = schedule(found)
+    if balance == "dp" and method == "search" and best.gap > ENOUGH:
+        for shared in _remainders(sizes, cluster):
+            rest = np.setdiff1d(np.arange(len(sizes)), shared)
+            others = _search(sizes[rest], share[rest], limits, cluster, cost, pipelines=False)
+            joined = _shared_first(sizes, shared, rest, others, int(limits.min()), cluster.ranks)
+            if joined is not None:
+                best = min(best, schedule(joined), key=lambda s: s.makespan)
+    return best
+
+
+def _remainders(lengths: Ints, cluster: Cluster) -> Iterator[Ints]:
+    """Sequences that all ranks of the one node could share, so that the others come out even: longest, or shortest.
+
+    Where there are few sequences a rank, whole ones leave ranks idle: five equal ones take two ranks as long as six.
+    """
+    if cluster.nodes > 1 or cluster.ranks == 1:
+        return
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    if len(order) > FEW * cluster.ranks:
+        return
+    for count in range(1, min(len(order), MOST_SHARED * cluster.ranks) + 1):
+        yield order[:count]
+        yield order[len(order) - count :]
+
+
+def _shared_first(
+    lengths: Ints, shared: Ints, rest: Ints, others: Found, capacity: int, ranks: int
+) -> Found | None:
+    """The plan ``others`` of the ``rest``, after packs of the ``shared`` on all ranks; None if one does not fit."""
+    pack_of, offsets, ring_ranks, steps = others
+    if lengths[shared].max() > capacity * ranks:
+        return None
+    pack, room = -1, 0
+    place = np.empty(len(lengths), np.int64)
+    for i in shared.tolist():
+        if lengths[i] > room:
+            pack, room = pack + 1, capacity * ranks
+        place[i], room = pack, room - int(lengths[i])
+    count = pack + 1
+    place[rest] = pack_of + count
+    return (
+        place,
+        np.concatenate([np.arange(count) * ranks, offsets + count * ranks]),
+        np.concatenate([np.tile(np.arange(ranks), count), ring_ranks]),
+        np.concatenate([np.arange(count), steps + count]),
     )
 
 

@@ -36,7 +36,8 @@ struct Items {
 
     PackingProblem problem() const { return {costs, sizes, speeds, longest, capacity, most_items}; }
 
-    std::vector<double> loads(const Assignment& assignment) const {
+    // Inlined, gcc 12 warns of freeing memory that was never allocated.
+    [[gnu::noinline]] std::vector<double> loads(const Assignment& assignment) const {
         std::vector<double> sums(speeds.size(), 0.0);
         for (size_t i = 0; i < assignment.size(); ++i) {
             if (assignment[i] >= 0) sums[assignment[i]] += costs[i];
@@ -52,7 +53,7 @@ struct Items {
     }
 
     /// Every item in a bin, and every limit kept.
-    bool allowed(const Assignment& assignment) const {
+    [[gnu::noinline]] bool allowed(const Assignment& assignment) const {
         std::vector<int64_t> tokens(speeds.size(), 0), items(speeds.size(), 0);
         for (size_t i = 0; i < assignment.size(); ++i) {
             const int64_t b = assignment[i];
