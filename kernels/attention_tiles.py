@@ -48,24 +48,13 @@ def key_rows(base, keys, inside, pages, page_size, stride_page, stride_token):
 
 
 @triton.jit
-def place(q_offset, sequence, queries, length, left, right):
-    """Where the ``queries`` of a sequence sit among its ``length`` keys: (shift, beyond, left, right).
+def near(position, queries, length):
+    """A key position, int64, brought near the ``length`` keys: further away no query sees others, and it fits int32.
 
-    Query ``i`` is at key position ``i + shift``: bottom right, or where ``q_offset`` says. An offset may be any int32,
-    which sums do not fit: the shift is brought near the keys, ``beyond`` is how far it was moved (None: bottom right),
-    and the limits on both sides change so that each query sees the keys that it saw.
+    A ``q_offset`` may be any int32, and sums of it and a window's side do not fit. No function can return None, so
+    each kernel brings the shift of its queries and both sides here by itself.
     """
-    shift = length - queries
-    beyond = None
-    if q_offset is not None:
-        given = tl.load(q_offset + sequence).to(tl.int64)
-        shift = tl.minimum(tl.maximum(given, -queries), length).to(tl.int32)
-        beyond = tl.abs(given - shift).to(tl.float32)
-        if left is not None:
-            left = shift - tl.minimum(tl.maximum(given - left, -queries), length).to(tl.int32)
-        if right is not None:
-            right = tl.minimum(tl.maximum(given + right + 1, -queries), length).to(tl.int32) - 1 - shift
-    return shift, beyond, left, right
+    return tl.minimum(tl.maximum(position, -queries), length).to(tl.int32)
 
 
 @triton.jit
@@ -140,7 +129,7 @@ def scaled(products, scale, softcap):
 
 @triton.jit
 def biased(score, position, keys, slope, beyond):
-    """Scores with ALiBi's bias; ``slope`` None is none, ``beyond`` is :func:`place`'s."""
+    """Scores with ALiBi's bias; ``slope`` None is none, ``beyond`` is how far the queries were moved."""
     if slope is not None:
         distance = tl.abs(position - keys).to(tl.float32)
         if beyond is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gapless.kernels.attention_config import Config, configure
 from gapless.kernels.attention_launch import constants, deltas, dense, sides
 from gapless.kernels.attention_steps import attend, collect_dkdv, collect_dq, finish, load_lse
-from gapless.kernels.attention_tiles import LOG2E, key_rows, load_rows, place, span, store_rows
+from gapless.kernels.attention_tiles import LOG2E, key_rows, load_rows, near, span, store_rows
 
 
 @triton.jit
@@ -61,7 +61,16 @@ def fwd_kernel(
     queries = tl.load(cu_q + sequence + 1) - first
     first_key = tl.load(cu_k + sequence)
     length = tl.load(cu_k + sequence + 1) - first_key if used is None else tl.load(used + sequence)
-    shift, beyond, left, right = place(q_offset, sequence, queries, length, left, right)
+    shift = length - queries
+    beyond = None
+    if q_offset is not None:
+        given = tl.load(q_offset + sequence).to(tl.int64)
+        shift = near(given, queries, length)
+        beyond = tl.abs(given - shift).to(tl.float32)
+        if left is not None:
+            left = shift - near(given - left, queries, length)
+        if right is not None:
+            right = near(given + right + 1, queries, length) - 1 - shift
     sequence = sequence.to(tl.int64)
     head = head.to(tl.int64)
     q += first.to(tl.int64) * q_token + head * q_head
@@ -153,7 +162,16 @@ def dq_kernel(
     queries = tl.load(cu_q + sequence + 1) - first
     first_key = tl.load(cu_k + sequence)
     length = tl.load(cu_k + sequence + 1) - first_key
-    shift, beyond, left, right = place(q_offset, sequence, queries, length, left, right)
+    shift = length - queries
+    beyond = None
+    if q_offset is not None:
+        given = tl.load(q_offset + sequence).to(tl.int64)
+        shift = near(given, queries, length)
+        beyond = tl.abs(given - shift).to(tl.float32)
+        if left is not None:
+            left = shift - near(given - left, queries, length)
+        if right is not None:
+            right = near(given + right + 1, queries, length) - 1 - shift
     head = head.to(tl.int64)
     slope = None if slopes is None else tl.load(slopes + sequence.to(tl.int64) * slopes_row + head)
     q += first.to(tl.int64) * q_token + head * q_head
@@ -236,7 +254,16 @@ def dkdv_kernel(
     queries = tl.load(cu_q + sequence + 1) - first
     first_key = tl.load(cu_k + sequence)
     length = tl.load(cu_k + sequence + 1) - first_key
-    shift, beyond, left, right = place(q_offset, sequence, queries, length, left, right)
+    shift = length - queries
+    beyond = None
+    if q_offset is not None:
+        given = tl.load(q_offset + sequence).to(tl.int64)
+        shift = near(given, queries, length)
+        beyond = tl.abs(given - shift).to(tl.float32)
+        if left is not None:
+            left = shift - near(given - left, queries, length)
+        if right is not None:
+            right = near(given + right + 1, queries, length) - 1 - shift
     first_key = first_key.to(tl.int64)
     kv_head = kv_head.to(tl.int64)
     k += first_key * k_token + kv_head * k_head

@@ -576,7 +576,9 @@ def lose(how: str) -> None:
     attend_case(Case([400, 30], [Pack([0, 1], [0, 1, 2, 3], 3)], options=CAUSAL))
 
 
-@pytest.mark.parametrize(("how", "timeout"), [("die", 20.0), ("sleep", 2.0)])
+@pytest.mark.parametrize(
+    ("how", "timeout"), [("die", 20.0), pytest.param("sleep", 2.0, marks=pytest.mark.thorough)]
+)
 def test_a_lost_rank_ends_the_job(how, timeout):
     with Processes(RANKS, group_timeout=timeout) as processes:
         processes.run(groups_after, NAMED["causal"])  # they have started

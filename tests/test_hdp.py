@@ -261,11 +261,11 @@ def planned(name: str, seed: int) -> Schedule:
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(2), pytest.param(range(2, 50), marks=pytest.mark.thorough)], ids=["some", "all"]
+    "seeds", [range(1), pytest.param(range(1, 50), marks=pytest.mark.thorough)], ids=["some", "all"]
 )
 def test_every_planner_trains_as_one_process(seeds):
     schedules = {f"{name}, batch {seed}": planned(name, seed) for name in PLANNERS for seed in seeds}
-    assert any(len(s.moves) for s in schedules.values()) or len(seeds) == 2
+    assert any(len(s.moves) for s in schedules.values()) or len(seeds) == 1
     assert sum(int(s.ring_sizes.max(initial=1)) > 1 for s in schedules.values()) >= len(seeds)
     ranks = shared(RANKS).run(on_ranks, "plain", {}, schedules, timeout=PATIENCE * len(seeds))
     assert_as_in_one_process("plain", schedules, ranks)

@@ -28,7 +28,7 @@ QUICK = Settings(steps=2, tokens=1200, capacity=128, max_bytes=200, hidden=32, l
 TIMEOUT = 600.0  # seconds that one planner's run may take
 
 
-def _cost(settings: Settings, seconds: float) -> dict[str, Any]:
+def _cost(settings: Settings, seconds: float, link: bool) -> dict[str, Any]:
     """The machine's own cost model, of one thread: what a rank has."""
     import torch
 
@@ -43,7 +43,7 @@ def _cost(settings: Settings, seconds: float) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found, _ = calibrate.calibrate(shape, tokens=max(256, settings.capacity), seconds=seconds)
+        found, _ = calibrate.calibrate(shape, tokens=max(256, settings.capacity), seconds=seconds, link=link)
     finally:
         torch.set_num_threads(threads)
     return found.to_dict()
@@ -101,7 +101,7 @@ def run(
     runs: dict[str, list[dict[str, Any]]] = {}
     with console.status("") as status:
         status.update("calibrating")
-        base = replace(base, cost=_cost(base, 1.0 if given else 8.0))
+        base = replace(base, cost=_cost(base, 1.0 if given else 8.0, link=not given))
         with Processes(1, timeout=TIMEOUT) as alone:
             status.update("training: one process")
             (found,) = alone.run(ranks.run, replace(base, planner="one"))
