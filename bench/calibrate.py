@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from gapless.plan.varlen import VarlenPlan
 from gapless.schedule.cost import CostModel
 from gapless.schedule.fit import fit_times
 from gapless.schedule.model_shape import ModelShape
+from gapless.testing.processes import Processes
 
 COPY = 1 << 26  # bytes of a copy or a message whose rate is measured
 SHAPES = {
@@ -193,17 +193,15 @@ def _copy_rate(device: str) -> float:
 def _link(device: str) -> tuple[float, float]:
     """(bytes a second, seconds) of messages between two processes that send to each other at the same time."""
     cuda = torch.device(device).type == "cuda" and torch.cuda.device_count() > 1
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "store")
-        torch.multiprocessing.spawn(_messages, (path, cuda), nprocs=2)
-        large, small = torch.load(path + ".times")
+    with Processes(2, backend="nccl" if cuda else "gloo") as processes:
+        large, small = processes.run(_messages, cuda)[0]
     return COPY / max(large - small, 1e-9), small
 
 
-def _messages(rank: int, path: str, cuda: bool) -> None:
+def _messages(cuda: bool) -> list[float]:
+    """Median seconds of a message of ``COPY`` bytes each way, and of one of a byte."""
+    rank = dist.get_rank()
     device = f"cuda:{rank}" if cuda else "cpu"
-    torch.set_num_threads(1)
-    dist.init_process_group("nccl" if cuda else "gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     times = []
     for size in (COPY, 1):
         mine, other = torch.ones(2, size, dtype=torch.uint8, device=device)
@@ -217,7 +215,5 @@ def _messages(rank: int, path: str, cuda: bool) -> None:
             if cuda:
                 torch.cuda.synchronize()
             samples.append(time.perf_counter() - begin)
-        times.append(sorted(samples)[len(samples) // 2])
-    if rank == 0:
-        torch.save(times, path + ".times")
-    dist.destroy_process_group()
+        times.append(median(samples))
+    return times

@@ -101,7 +101,7 @@ def run(settings: Settings) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(hdp.parameters(), lr=shape.learning_rate)
     sequences = texts(settings)
     batches = iter(loader(sequences, sampler(sequences, settings), rank=hdp.rank))
-    idle = train._memory(memory.reset_peak)
+    idle = train.known(memory.reset_peak)
     steps = []
     for step in range(settings.steps):
         batch = next(batches)
@@ -134,5 +134,5 @@ def run(settings: Settings) -> dict[str, Any]:
             }
         )
     del batches  # its threads
-    highest = train._memory(memory.peak) if idle else None
+    highest = train.known(memory.peak) if idle else None
     return {"steps": steps, "idle_bytes": idle, "peak_bytes": highest}

@@ -59,7 +59,7 @@ def build(settings: Settings) -> torch.nn.Module:
     return LlamaForCausalLM(config).to(getattr(torch, settings.dtype)).train()
 
 
-def _memory(ask) -> int | None:
+def known(ask) -> int | None:
     try:
         return ask()
     except (OSError, AttributeError):
@@ -73,7 +73,7 @@ def train(settings: Settings, tell) -> None:
     model = build(settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     make = batches.packed if settings.kind == "packed" else batches.padded
-    idle = _memory(memory.reset_peak)
+    idle = known(memory.reset_peak)
     first = time.perf_counter()
     for step in range(settings.steps):
         files = batches.files_of_step(step, settings.batch, settings.max_bytes)
@@ -98,7 +98,7 @@ def train(settings: Settings, tell) -> None:
         if step and now - first > settings.seconds:
             break
     parameters = sum(p.numel() for p in model.parameters())
-    tell({"parameters": parameters, "idle_bytes": idle, "peak_bytes": _memory(memory.peak) if idle else None})
+    tell({"parameters": parameters, "idle_bytes": idle, "peak_bytes": known(memory.peak) if idle else None})
 
 
 def arguments(settings: Settings) -> list[str]:

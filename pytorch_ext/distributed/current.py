@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gapless.distributed.attention import varlen_attention
 from gapless.distributed.remap import to_attention, to_linear
-from gapless.distributed.rows import Rows, micro_batch_of, rows_of
+from gapless.distributed.rows import Rows, rows_of
 from gapless.schedule.schedule import Schedule
 from gapless.schedule.shards import MicroBatch
 
@@ -126,6 +126,6 @@ def running_steps(schedule: Schedule, rank: int, group: dist.ProcessGroup | None
     steps = {mb.step: mb for mb in schedule.micro_batches(rank)}
     for step, source, target, _ in schedule.moves.tolist():
         if rank in (source, target) and step not in steps:
-            steps[step] = micro_batch_of(schedule, rank, step)
+            steps[step] = schedule.micro_batch(rank, step)
     moving = schedule if len(schedule.moves) else None
     return [Running(steps[step], group, moving) for step in sorted(steps)]

@@ -53,10 +53,14 @@ class GlobalBatch:
     schedule: Schedule
     state: Mapping[str, int]
 
+    def pieces_of(self, rank: int) -> Ints:
+        """int64 [p, 3], rows (place in ``indices``, begin, end) of the tokens that ``rank`` is fed with, all steps."""
+        fed = [running.rows.pieces for running in running_steps(self.schedule, rank)]
+        return np.concatenate([np.empty((0, 3), np.int64), *fed])
+
     def wanted_by(self, rank: int) -> Ints:
         """int64, places in ``indices`` of the sequences of which ``rank`` is fed with some token, ascending."""
-        pieces = [running.rows.pieces[:, 0] for running in running_steps(self.schedule, rank)]
-        return np.unique(np.concatenate([np.empty(0, np.int64), *pieces]))
+        return np.unique(self.pieces_of(rank)[:, 0])
 
 
 class ScheduleSampler(Sampler[list[GlobalBatch]]):

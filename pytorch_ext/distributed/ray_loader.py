@@ -26,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gapless.distributed.current import running_steps
 from gapless.distributed.data import GlobalBatch, RankBatch, ScheduleSampler
 from gapless.schedule.schedule import Schedule
 
@@ -303,8 +302,7 @@ class RayLoader:
 
     def _fetch(self, batch: GlobalBatch) -> Mapping[int, Tensor]:
         """The slices that this rank is fed with, each with the token after it, by sequence of the schedule."""
-        fed = [running.rows.pieces for running in running_steps(batch.schedule, self.rank)]
-        i, begin, end = np.unique(np.concatenate([np.empty((0, 3), np.int64), *fed]), axis=0).T
+        i, begin, end = np.unique(batch.pieces_of(self.rank), axis=0).T
         lengths = batch.schedule.lengths[i]
         end = np.minimum(end + 1, lengths)
         shard = np.searchsorted(self._offsets, batch.indices[i], side="right") - 1

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapless.schedule.schedule import Schedule
-from gapless.schedule.shards import MicroBatch
+from gapless.schedule.shards import MicroBatch, positions_of
 
 Ints = NDArray[np.int64]
 
@@ -36,10 +36,7 @@ class Rows:
     @cached_property
     def positions(self) -> Ints:
         """int64 [tokens], the place of each token in its sequence: ``position_ids``."""
-        begin, end = self.pieces[:, 1], self.pieces[:, 2]
-        size = end - begin
-        start = np.cumsum(size) - size
-        return np.arange(size.sum()) + np.repeat(begin - start, size)
+        return positions_of(self.pieces)
 
     def part(self, begin: int, end: int) -> Ints:
         """Pieces of the tokens ``begin`` to ``end``, counted in these rows."""
@@ -49,12 +46,6 @@ class Rows:
         cut[:, 1] = self.pieces[:, 1] + np.clip(begin - start, 0, size)
         cut[:, 2] = self.pieces[:, 1] + np.clip(end - start, 0, size)
         return cut[cut[:, 2] > cut[:, 1]]
-
-
-def micro_batch_of(schedule: Schedule, rank: int, step: int) -> MicroBatch:
-    """What ``rank`` attends to in ``step``; no shards, if nothing."""
-    found = [mb for mb in schedule.micro_batches(rank) if mb.step == step]
-    return found[0] if found else MicroBatch(rank, step, ())
 
 
 def rows_of(schedule: Schedule, micro_batch: MicroBatch) -> Rows:
@@ -68,7 +59,7 @@ def rows_of(schedule: Schedule, micro_batch: MicroBatch) -> Rows:
     given: defaultdict[int, int] = defaultdict(int)
     for source, target, count in moves:
         if rank == target:
-            theirs = micro_batch_of(schedule, source, step)
+            theirs = schedule.micro_batch(source, step)
             end = theirs.tokens - given[source]
             parts.append(Rows(source, step, theirs.pieces).part(end - count, end))
         given[source] += count

@@ -39,27 +39,9 @@ class Inputs(NamedTuple):
     has_tangent: bool = False  # of forward-mode derivatives
 
 
-def _no_tangents(x: Inputs) -> list[str]:
-    return ["it has no forward-mode derivatives"] if x.has_tangent else []
-
-
-def _native_reasons(x: Inputs) -> list[str]:
-    why = _no_tangents(x)
-    if x.q.device.type != "cpu":
-        why.append(f"it has no kernel for {x.q.device.type} tensors")
-    return why
-
-
-def _triton_reasons(x: Inputs) -> list[str]:
-    why = _no_tangents(x) + registry.triton_unusable(x.q.device)
-    if x.q.dtype == torch.float64:
-        why.append("it has no float64 kernels")
-    return why
-
-
 REASONS: dict[str, Callable[[Any], list[str]]] = {
-    "native": _native_reasons,
-    "triton": _triton_reasons,
+    "native": lambda x: registry.native_reasons(x.q, x.has_tangent),
+    "triton": lambda x: registry.triton_reasons(x.q, x.has_tangent),
     "reference": lambda x: [],
 }
 FORWARD = (

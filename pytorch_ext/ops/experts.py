@@ -60,21 +60,8 @@ class Inputs(NamedTuple):
     block_size: int = 0  # of a dispatch that is given; 0: free to choose
 
 
-def _no_tangents(x: Inputs) -> list[str]:
-    return ["it has no forward-mode derivatives"] if x.has_tangent else []
-
-
-def _native_reasons(x: Inputs) -> list[str]:
-    why = _no_tangents(x)
-    if x.x.device.type != "cpu":
-        why.append(f"it has no kernel for {x.x.device.type} tensors")
-    return why
-
-
 def _triton_reasons(x: Inputs) -> list[str]:
-    why = _no_tangents(x) + registry.triton_unusable(x.x.device)
-    if x.x.dtype == torch.float64:
-        why.append("it has no float64 kernels")
+    why = registry.triton_reasons(x.x, x.has_tangent)
     if x.block_size and x.block_size not in TRITON_BLOCKS:
         sizes = ", ".join(map(str, TRITON_BLOCKS))
         why.append(f"dispatch has blocks of {x.block_size}: it takes blocks of {sizes}")
@@ -86,7 +73,7 @@ def _free_of_blocks(x: Inputs) -> list[str]:
 
 
 REASONS: dict[str, Callable[[Any], list[str]]] = {
-    "native": _native_reasons,
+    "native": lambda x: registry.native_reasons(x.x, x.has_tangent),
     "triton": _triton_reasons,
     "reference": lambda x: [],
 }

@@ -98,6 +98,27 @@ def triton_unusable(device: torch.device) -> list[str]:
     return [why] if why else []
 
 
+def tangent_reasons(has_tangent: bool) -> list[str]:
+    """Why an implementation without forward-mode derivatives cannot run."""
+    return ["it has no forward-mode derivatives"] if has_tangent else []
+
+
+def native_reasons(t: Tensor, has_tangent: bool) -> list[str]:
+    """Why the CPU kernels of an operator cannot run on tensors like ``t``."""
+    why = tangent_reasons(has_tangent)
+    if t.device.type != "cpu":
+        why.append(f"it has no kernel for {t.device.type} tensors")
+    return why
+
+
+def triton_reasons(t: Tensor, has_tangent: bool) -> list[str]:
+    """Why the Triton kernels of an operator cannot run on tensors like ``t``."""
+    why = tangent_reasons(has_tangent) + triton_unusable(t.device)
+    if t.dtype == torch.float64:
+        why.append("it has no float64 kernels")
+    return why
+
+
 @_constant
 def _triton_unusable(device: str) -> str:
     if importlib.util.find_spec("triton") is None:

@@ -51,26 +51,8 @@ class Inputs(NamedTuple):
     q_offset: Tensor | None = None
 
 
-def _no_tangents(x: Inputs) -> list[str]:
-    return ["it has no forward-mode derivatives"] if x.has_tangent else []
-
-
-def _native_reasons(x: Inputs) -> list[str]:
-    why = _no_tangents(x)
-    if x.q.device.type != "cpu":
-        why.append(f"it has no kernel for {x.q.device.type} tensors")
-    return why
-
-
-def _triton_reasons(x: Inputs) -> list[str]:
-    why = _no_tangents(x) + registry.triton_unusable(x.q.device)
-    if x.q.dtype == torch.float64:
-        why.append("it has no float64 kernels")
-    return why
-
-
 def _flash_attn_reasons(x: Inputs) -> list[str]:
-    why = _no_tangents(x) + registry.flash_attn_unusable(x.q.device)
+    why = registry.tangent_reasons(x.has_tangent) + registry.flash_attn_unusable(x.q.device)
     if x.q.dtype not in (torch.float16, torch.bfloat16):
         why.append(f"it takes float16 and bfloat16, not {x.q.dtype}")
     if x.q.shape[-1] % 8 or x.q.shape[-1] != x.v.shape[-1]:
@@ -87,8 +69,8 @@ def _flash_attn_reasons(x: Inputs) -> list[str]:
 
 
 REASONS = {
-    "native": _native_reasons,
-    "triton": _triton_reasons,
+    "native": lambda x: registry.native_reasons(x.q, x.has_tangent),
+    "triton": lambda x: registry.triton_reasons(x.q, x.has_tangent),
     "flash_attn": _flash_attn_reasons,
     "reference": lambda x: [],
 }

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gapless import _planner
-from gapless.schedule.inputs import check_lengths
+from gapless.schedule.inputs import check_count, check_lengths
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -44,14 +44,6 @@ class _Problem:
         return 100_000 + 20 * len(self.costs)
 
 
-def _check_count(value: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} is {value!r}: it has to be a whole number")
-    if value < 1:
-        raise ValueError(f"{name} is {value}: it has to be at least 1")
-    return int(value)
-
-
 def _check_costs(costs: ArrayLike) -> Floats:
     array = np.ascontiguousarray(costs, np.float64)
     if array.ndim != 1:
@@ -69,7 +61,7 @@ def _problem(
     speeds: ArrayLike | None,
 ) -> _Problem:
     checked = _check_costs(costs)
-    bins = _check_count(bins, "bins")
+    bins = check_count(bins, "bins")
     if sizes is None and (capacity is not None or longest is not None):
         raise ValueError(
             "sizes is None: capacity and longest are in tokens, so each item has to have its own"
@@ -79,8 +71,8 @@ def _problem(
         np.zeros(len(checked), np.int64) if sizes is None else check_lengths(sizes, "sizes"),
         np.ones(bins) if speeds is None else np.ascontiguousarray(np.broadcast_to(speeds, bins), np.float64),
         np.ascontiguousarray(np.broadcast_to(UNLIMITED if longest is None else longest, bins), np.int64),
-        UNLIMITED if capacity is None else _check_count(capacity, "capacity"),
-        UNLIMITED if most_items is None else _check_count(most_items, "most_items"),
+        UNLIMITED if capacity is None else check_count(capacity, "capacity"),
+        UNLIMITED if most_items is None else check_count(most_items, "most_items"),
     )
 
 
@@ -96,7 +88,7 @@ def best_fit_decreasing(sizes: ArrayLike, capacity: int) -> Ints:
     Raises:
         ValueError: an item is larger than ``capacity``.
     """
-    return _planner.best_fit_decreasing(check_lengths(sizes, "sizes"), _check_count(capacity, "capacity"))
+    return _planner.best_fit_decreasing(check_lengths(sizes, "sizes"), check_count(capacity, "capacity"))
 
 
 def lpt(
@@ -143,7 +135,7 @@ def karmarkar_karp(costs: ArrayLike, bins: int, *, equal_size: bool = False) -> 
         bins: how many.
         equal_size: all bins have the same number of items, or one less where the items do not divide evenly.
     """
-    return _planner.karmarkar_karp(_check_costs(costs), _check_count(bins, "bins"), bool(equal_size))
+    return _planner.karmarkar_karp(_check_costs(costs), check_count(bins, "bins"), bool(equal_size))
 
 
 def multifit(
@@ -198,7 +190,7 @@ def balanced(costs: ArrayLike, sizes: ArrayLike, capacity: int, *, bins: int = 1
         ValueError: an item is larger than ``capacity``.
     """
     needed = int(best_fit_decreasing(sizes, capacity).max(initial=0)) + 1
-    return multifit(costs, max(needed, _check_count(bins, "bins")), sizes=sizes, capacity=capacity)
+    return multifit(costs, max(needed, check_count(bins, "bins")), sizes=sizes, capacity=capacity)
 
 
 def _does_not_fit(problem: _Problem, item: int) -> ValueError:

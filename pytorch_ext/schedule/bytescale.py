@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gapless import _planner
-from gapless.schedule.bytescale_paper import greedy, in_order
+from gapless.schedule.bytescale_paper import Plan, greedy, in_order
 from gapless.schedule.cluster import Cluster
 from gapless.schedule.cost import CostModel
 from gapless.schedule.inputs import check_capacity, check_lengths
@@ -33,7 +33,6 @@ Floats = NDArray[np.float64]
 ENOUGH = 0.005  # over the lower bound: what is left is not worth looking for
 MOST_SHARED = 3  # sequences a rank that are tried as shared ones
 FEW = 32  # sequences a rank: of more of them, whole ones come out even
-Found = tuple[Ints, Ints, Ints, Ints]  # pack_of, rank_offsets, ring_ranks, steps
 
 # How far above its bound the target is tried; a plan that meets one ends the search.
 _GAPS = (0.0, 0.003, 0.01, 0.02, 0.03, 0.045, 0.07, 0.12, 0.25, 0.6)
@@ -94,7 +93,7 @@ def plan(
         check_holds(sizes, share, limits)
         found = _search(sizes, share, limits, cluster, cost, pipelines=balance == "pp")
 
-    def schedule(found: Found) -> Schedule:
+    def schedule(found: Plan) -> Schedule:
         pack_of, rank_offsets, ring_ranks, steps = found
         return Schedule(
             lengths=sizes,
@@ -137,8 +136,8 @@ def _remainders(lengths: Ints, cluster: Cluster) -> Iterator[Ints]:
 
 
 def _shared_first(
-    lengths: Ints, shared: Ints, rest: Ints, others: Found, capacity: int, ranks: int
-) -> Found | None:
+    lengths: Ints, shared: Ints, rest: Ints, others: Plan, capacity: int, ranks: int
+) -> Plan | None:
     """The plan ``others`` of the ``rest``, after packs of the ``shared`` on all ranks; None if one does not fit."""
     pack_of, offsets, ring_ranks, steps = others
     if lengths[shared].max() > capacity * ranks:
@@ -172,7 +171,7 @@ def _ratios(
 
 def _search(
     lengths: Ints, share: Floats, limits: Ints, cluster: Cluster, cost: CostModel, *, pipelines: bool
-) -> tuple[Ints, Ints, Ints, Ints]:
+) -> Plan:
     """The first plan that meets a target close to its bound, or else the best of all tries.
 
     A pipeline of S stages takes ``sum(t) + (S - 1) max(t)`` for micro-batches of t seconds a stage, so that a limit on

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gapless.schedule.inputs import check_count
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -35,10 +37,7 @@ class Cluster:
         else:
             values.append(("stages", self.stages))
         for name, value in values:
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise TypeError(f"{name} is {value!r}: it has to be a whole number")
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it has to be at least 1")
+            check_count(value, name)
         for name, entries in (("stages", self.stages), ("speed", self.speed)):
             if isinstance(entries, tuple) and entries and len(entries) != self.ranks:
                 raise ValueError(

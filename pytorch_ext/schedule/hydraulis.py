@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from gapless.schedule.bins import loads, multifit
 from gapless.schedule.cluster import Cluster
 from gapless.schedule.cost import CostModel
-from gapless.schedule.inputs import check_lengths
+from gapless.schedule.inputs import check_count, check_lengths
 from gapless.schedule.one_rank import finish_times, one_rank_schedule
 from gapless.schedule.schedule import Schedule
 from gapless.schedule.solver import Program
@@ -52,11 +52,7 @@ class Replica:
 
     def __post_init__(self) -> None:
         for name in ("capacity", "tp", "stages"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise TypeError(f"{name} is {value!r}: it has to be a whole number")
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it has to be at least 1")
+            check_count(getattr(self, name), name)
         if self.speed is not None and not 0 < self.speed < np.inf:
             raise ValueError(f"speed is {self.speed}: it has to be above 0 and finite")
 

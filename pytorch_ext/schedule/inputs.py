@@ -30,6 +30,15 @@ def check_lengths(lengths: ArrayLike, name: str = "lengths") -> NDArray[np.int64
     return array.astype(np.int64)
 
 
+def check_count(value: object, name: str) -> int:
+    """A whole number of at least 1. Raises TypeError or ValueError naming it."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} is {value!r}: it has to be a whole number")
+    if value < 1:
+        raise ValueError(f"{name} is {value}: it has to be at least 1")
+    return int(value)
+
+
 def check_capacity(capacity: ArrayLike, ranks: int) -> NDArray[np.int64]:
     """int64 [ranks], from one number for all ranks or one for each."""
     array = np.asarray(capacity)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from gapless.schedule.inputs import check_count
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -29,11 +31,7 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{field.name} is {value!r}: it has to be a whole number")
-            if value < 1:
-                raise ValueError(f"{field.name} is {value}: it has to be at least 1")
+            check_count(getattr(self, field.name), field.name)
         if self.heads % self.kv_heads:
             raise ValueError(f"heads is {self.heads}: it has to be a multiple of kv_heads, {self.kv_heads}")
 

@@ -172,23 +172,29 @@ class Schedule:
         bounds = np.searchsorted(self.ring_ranks[order], np.arange(self.ranks + 1))
         return pack[order], bounds
 
-    def micro_batches(self, rank: int) -> list[MicroBatch]:
-        """What ``rank`` computes, step by step; steps in which it has nothing are left out."""
+    def _packs_of(self, rank: int) -> Ints:
+        """The packs that ``rank`` takes part in, step by step."""
         if not 0 <= rank < self.ranks:
             raise ValueError(f"rank is {rank}: it has to be between 0 and {self.ranks - 1}")
         packs, bounds = self._packs_of_ranks
-        mine = packs[bounds[rank] : bounds[rank + 1]]
-        steps = self.steps[mine]
-        cuts = np.flatnonzero(np.diff(steps)) + 1
+        return packs[bounds[rank] : bounds[rank + 1]]
+
+    def _micro_batch(self, rank: int, step: int, packs: Ints) -> MicroBatch:
+        shards = tuple(self.shard(p, rank) for p in packs.tolist())
+        return MicroBatch(rank, step, shards, float(self.offload[packs[0]]) if len(packs) else 0.0)
+
+    def micro_batch(self, rank: int, step: int) -> MicroBatch:
+        """What ``rank`` computes in ``step``; it has no shards, if nothing."""
+        mine = self._packs_of(rank)
+        return self._micro_batch(rank, step, mine[self.steps[mine] == step])
+
+    def micro_batches(self, rank: int) -> list[MicroBatch]:
+        """What ``rank`` computes, step by step; steps in which it has nothing are left out."""
+        mine = self._packs_of(rank)
+        steps, first = np.unique(self.steps[mine], return_index=True)
+        groups = np.split(mine, first[1:])
         return [
-            MicroBatch(
-                rank,
-                int(self.steps[group[0]]),
-                tuple(self.shard(int(p), rank) for p in group),
-                float(self.offload[group[0]]),
-            )
-            for group in np.split(mine, cuts)
-            if len(group)
+            self._micro_batch(rank, step, packs) for step, packs in zip(steps.tolist(), groups, strict=False)
         ]
 
     @cached_property

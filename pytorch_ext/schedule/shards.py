@@ -33,6 +33,13 @@ def chunk_begin(first: ArrayLike, length: ArrayLike, j: ArrayLike, parts: ArrayL
     return _before(first + np.asarray(length, np.int64), j, parts) - _before(first, j, parts)
 
 
+def positions_of(pieces: Ints) -> Ints:
+    """int64 [tokens], the place in its sequence of each token of int64 [p, 3] rows (sequence, begin, end)."""
+    begin, size = pieces[:, 1], pieces[:, 2] - pieces[:, 1]
+    start = np.cumsum(size) - size
+    return np.arange(size.sum()) + np.repeat(begin - start, size)
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """What one rank holds of one pack.
@@ -115,7 +122,4 @@ class MicroBatch:
     @cached_property
     def positions(self) -> Ints:
         """int64 [tokens], the place of each token in its sequence: ``position_ids``."""
-        begin, end = self.pieces[:, 1], self.pieces[:, 2]
-        size = end - begin
-        start = np.cumsum(size) - size
-        return np.arange(size.sum()) + np.repeat(begin - start, size)
+        return positions_of(self.pieces)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from gapless.schedule.bins import loads, lpt
 from gapless.schedule.cluster import Cluster
 from gapless.schedule.cost import CostModel
-from gapless.schedule.inputs import check_lengths
+from gapless.schedule.inputs import check_count, check_lengths
 from gapless.schedule.one_rank import one_rank_schedule
 from gapless.schedule.schedule import Schedule
 
@@ -75,13 +75,9 @@ class WlbPacker:
         micro_batches: int = 1,
         levels: Sequence[int] | None = None,
     ) -> None:
-        for name, value in (("capacity", capacity), ("micro_batches", micro_batches)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise TypeError(f"{name} is {value!r}: it has to be a whole number")
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it has to be at least 1")
-        self.cluster, self.capacity, self.cost = Cluster.of(ranks), int(capacity), cost
-        self.micro_batches = int(micro_batches)
+        self.capacity = check_count(capacity, "capacity")
+        self.micro_batches = check_count(micro_batches, "micro_batches")
+        self.cluster, self.cost = Cluster.of(ranks), cost
         default = sorted({max(1, capacity // 4), max(1, capacity // 2)})
         self.levels = check_lengths(default if levels is None else levels, "levels")
         if (np.diff(self.levels) <= 0).any():
