@@ -6,7 +6,7 @@ Every ratio is the median over rounds of the ratio inside a round, so that a mac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,24 @@ class Call:
 
 Makers = dict[str, Callable[[], Call]]  # by name; nothing is made before it is needed
 Skipped = dict[str, list[str]]  # who is left out, and why
+
+
+def row_of(case: Any, call: Call, workload: str, sizes: Sequence[str]) -> dict:
+    """What a row says about its case before anything is measured; ``sizes`` are names of the case's attributes."""
+    return {
+        "case": case.label,
+        "workload": workload,
+        "block": None,  # rows that have one are shown in a table of their case
+        **{name: getattr(case, name) for name in (*sizes, "dtype", "direction", "device")},
+        "flops": call.flops,
+        "key_bytes": 0,
+        "baseline": call.baseline,
+        "relative": None,
+        "efficiency": None,
+        "extra_bytes": None,
+        "sgemm_flops_per_second": None,
+        "read_bytes_per_second": None,
+    }
 
 
 def why_broken(error: Exception) -> list[str]:

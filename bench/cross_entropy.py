@@ -23,7 +23,7 @@ from torch import Tensor
 import gapless
 from gapless.bench import measure, memory
 from gapless.bench.block_check import verdict
-from gapless.bench.calls import Call, Makers, Skipped, time_calls
+from gapless.bench.calls import Call, Makers, Skipped, row_of, time_calls
 from gapless.bench.cases import DIRECTIONS, DTYPES
 from gapless.bench.measure import Tell
 from gapless.reference import linear_cross_entropy as reference
@@ -216,26 +216,7 @@ def check_names(names: Iterable[str] | None) -> None:
 
 def describe(case: LossCase, call: Call) -> dict:
     """What a row says about its case."""
-    return {
-        "case": case.label,
-        "workload": "cross_entropy",
-        "tokens": case.tokens,
-        "classes": case.classes,
-        "hidden": case.hidden,
-        "ignored": case.ignored,
-        "block": None,
-        "dtype": case.dtype,
-        "direction": case.direction,
-        "device": case.device,
-        "flops": call.flops,
-        "key_bytes": 0,
-        "baseline": call.baseline,
-        "relative": None,
-        "efficiency": None,
-        "extra_bytes": None,
-        "sgemm_flops_per_second": None,
-        "read_bytes_per_second": None,
-    }
+    return row_of(case, call, "cross_entropy", ("tokens", "classes", "hidden", "ignored"))
 
 
 def extra_bytes(case: LossCase, impl: str, threads: int) -> int | None:

@@ -17,7 +17,7 @@ from gapless.bench import (
     expert_store,
     measure,
 )
-from gapless.bench.calls import Call, Makers, Skipped, time_calls
+from gapless.bench.calls import Call, Makers, Skipped, row_of, time_calls
 from gapless.bench.expert_cases import ExpertCase, Layer
 from gapless.bench.expert_ids import Names, users
 from gapless.bench.measure import Tell
@@ -169,30 +169,8 @@ def check_names(names: Names, cases: Iterable[ExpertCase]) -> None:
 
 def describe(case: ExpertCase, call: Call) -> dict:
     """What a row says about its case."""
-    return {
-        "case": case.label,
-        "workload": case.study,
-        "tokens": case.tokens,
-        "experts": case.experts,
-        "top_k": case.top_k,
-        "hidden": case.hidden,
-        "inter": case.inter,
-        "adapters": case.adapters,
-        "max_experts": case.max_experts,
-        "block": case.block,
-        "ids": case.ids,
-        "dtype": case.dtype,
-        "direction": case.direction,
-        "device": case.device,
-        "flops": call.flops,
-        "key_bytes": 0,
-        "baseline": call.baseline,
-        "relative": None,
-        "efficiency": None,
-        "extra_bytes": None,
-        "sgemm_flops_per_second": None,
-        "read_bytes_per_second": None,
-    }
+    sizes = ("tokens", "experts", "top_k", "hidden", "inter", "adapters", "max_experts", "block", "ids")
+    return row_of(case, call, case.study, sizes)
 
 
 def measure_case(

@@ -13,9 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gapless.cli_options import Json, Planners, plain_errors
 from gapless.schedule import Cluster, CostModel, ModelShape, Schedule
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 
 
 def _read_lengths(lengths: Path | None, column: str | None, trace: str, tokens: int, context: int, seed: int):
@@ -65,9 +64,7 @@ def plan(
     context: Annotated[int, typer.Option(help="Longest sequence of the trace; 0: no limit.", min=0)] = 2
     * 2**20,
     seed: int = 0,
-    planner: Annotated[
-        list[str] | None, typer.Option(help="May be repeated. [static-cp, naive-hdp, hdp, zeppelin]")
-    ] = None,
+    planner: Planners = None,
     ranks: Annotated[int, typer.Option(help="Data-parallel ranks.", min=1)] = 1024,
     ranks_per_node: Annotated[int, typer.Option(min=1)] = 8,
     nics_per_node: Annotated[int, typer.Option(min=1)] = 8,
@@ -90,7 +87,7 @@ def plan(
     from gapless.schedule.planners import DEFAULTS
     from gapless.schedule.planners import planner as named
 
-    try:
+    with plain_errors(OSError, ImportError):
         batch = _read_lengths(lengths, column, trace, tokens, context, seed)
         model_cost = _read_cost(cost, model, flops, links)
         cluster = Cluster(ranks, ranks_per_node, nics_per_node, stages)
@@ -108,8 +105,6 @@ def plan(
             rows[name] = _summary(schedules[name], time.perf_counter() - begin)
         if refused and not rows:
             raise ValueError("; ".join(f"{name}: {why}" for name, why in refused.items()))
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
     images = _draw(schedules, out) if out is not None else {}
     if as_json:
         print(json.dumps({"plans": rows, "refused": refused, "images": images}, indent=2))
@@ -174,7 +169,7 @@ def calibrate(
     from gapless.bench import calibrate as measured
 
     console = Console(stderr=True)
-    try:
+    with plain_errors(OSError):
         shape = measured.SHAPES[model] if model in measured.SHAPES else ModelShape.of(model)
         with console.status("") as status:
             found, samples = measured.calibrate(
@@ -186,8 +181,6 @@ def calibrate(
                 link=link,
                 tell=lambda text: status.update(text),
             )
-    except (ValueError, TypeError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
     found.save(out)
     if as_json:
         print(json.dumps({"cost": found.to_dict(), "samples": samples}, indent=2))

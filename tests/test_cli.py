@@ -386,17 +386,19 @@ def test_demo_video(tmp_path):
 def test_demo_without_a_name_runs_all(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("diffusers")
-    from gapless.demo import experts, pack, video
+    from gapless.demo import experts, pack, schedules, video
 
     ran = []
     monkeypatch.setattr(pack, "run", lambda **how: ran.append(("pack", how["out"], how["seconds"])))
     monkeypatch.setattr(video, "run", lambda **how: ran.append(("video", how["out"], how["steps"])))
     monkeypatch.setattr(experts, "run", lambda **how: ran.append(("experts", how["out"], how["settings"])))
+    monkeypatch.setattr(schedules, "run", lambda **how: ran.append(("train", how["out"], how["settings"])))
     assert invoke("demo", "--out", str(tmp_path), "--seconds", "7", "--steps", "2").exit_code == 0
     assert ran == [
         ("pack", tmp_path, 7.0),
         ("video", tmp_path / "video", 0),
         ("experts", tmp_path / "experts", None),
+        ("train", tmp_path / "train", None),
     ]
     assert invoke("demo", "experts", "--quick", "--out", str(tmp_path)).exit_code == 0
     assert ran[-1] == ("experts", tmp_path, experts.QUICK)

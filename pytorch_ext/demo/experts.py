@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +18,11 @@ import torch.nn.functional as F
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 
 import gapless
 from gapless.bench import corpus, memory
-from gapless.bench.machine import machine, machine_line
-from gapless.demo import experts_report, topics
+from gapless.demo import experts_report, report, topics
 from gapless.experts import (
     ExpertStore,
     RouterStatistics,
@@ -398,23 +395,9 @@ def run(
             topic: {"scores": torch.stack(list(r.scores().values())), "chosen": chosen[topic]}
             for topic, r in routes.items()
         },
-        "machine": machine(),
-        "seconds": time.perf_counter() - begin,
     }
-    for title, head, rows in experts_report.tables(result):
-        table = Table(*head[:1], box=None, pad_edge=False, title=title, title_justify="left")
-        for name in head[1:]:
-            table.add_column(name, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    console.print(machine_line(result["machine"]), style="dim", highlight=False, markup=False)
-    index = experts_report.write(result, out)
-    (out / "result.json").write_text(
-        json.dumps({k: v for k, v in result.items() if k != "maps"}, indent=2) + "\n"
-    )
-    console.print(f"report: {index.resolve()}", highlight=False, markup=False)
-    return result | {"report": str(index)}
+    shown = report.printable(experts_report.tables(result))
+    return report.finish(result, out, experts_report.write, *shown, begin=begin, console=console)
 
 
 def _experts_of(model: Any) -> Iterator[Tensor]:

@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from gapless.demo.report import PACKED, PADDED, axes_of, images, page, table
+from gapless.demo.report import PACKED, PADDED, Rows, Tables, axes_of, images, page, table
 
-Rows = list[tuple[str, ...]]
 MIB = 2**20
 
 
-def tables(result: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...], Rows]]:
+def tables(result: dict[str, Any]) -> Tables:
     """(title, head, rows) of each table."""
     tested, made = result["tested"], {a["topic"]: a for a in result["adapters"]}
     total = result["settings"]["experts"]

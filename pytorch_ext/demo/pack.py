@@ -16,11 +16,11 @@ import transformers  # noqa: F401  (the runs need it: say so before they start)
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from gapless.bench import cases, corpus, measure
 from gapless.bench import report as bench_report
-from gapless.bench.machine import machine, machine_line
-from gapless.demo import report
+from gapless.demo import pack_report, report
 from gapless.demo.train import Settings, arguments
 
 # Shares of the whole time: the padded run, and the operator's table. The packed run takes what it takes, which is less.
@@ -118,7 +118,7 @@ def run(
         for kind in ("padded", "packed"):
             count = steps or (len(runs["padded"]["steps"]) if runs else MOST_STEPS)
             timed = limit < float("inf") and kind == "padded"
-            task = progress.add_task(report.NAMES[kind], total=limit if timed else count, now="starting")
+            task = progress.add_task(pack_report.NAMES[kind], total=limit if timed else count, now="starting")
 
             def each_step(line: dict, task=task, timed=timed) -> None:
                 if "loss" in line:
@@ -147,20 +147,12 @@ def run(
         "settings": {k: v for k, v in asdict(base).items() if k not in ("kind", "steps", "seconds")},
         "lengths": lengths,
         "bench": rows,
-        "machine": machine(),
-        "seconds": time.perf_counter() - begin,
     }
-    table = Table("", report.NAMES["padded"], report.NAMES["packed"], box=None, pad_edge=False)
-    for row in report.facts(result):
-        table.add_row(*row)
-    console.print(table)
-    console.print(
-        f"largest difference between the losses of a step: {result['loss_difference']:.2g}", highlight=False
+    facts = Table("", *pack_report.NAMES.values(), box=None, pad_edge=False)
+    for row in pack_report.facts(result):
+        facts.add_row(*row)
+    difference = Text(f"largest difference between the losses of a step: {result['loss_difference']:.2g}")
+    shown = [bench_report.table(rows)] if rows else []
+    return report.finish(
+        result, out, pack_report.write, facts, difference, *shown, begin=begin, console=console
     )
-    if rows:
-        console.print(bench_report.table(rows))
-    console.print(machine_line(result["machine"]), style="dim", highlight=False, markup=False)
-    index = report.write(result, out)
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"report: {index.resolve()}", highlight=False, markup=False)
-    return result | {"report": str(index)}

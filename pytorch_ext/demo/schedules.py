@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,11 +13,9 @@ from typing import Any
 import numpy as np
 import transformers  # noqa: F401  (the runs need it: say so before they start)
 from rich.console import Console
-from rich.table import Table
 
 from gapless.bench import calibrate
-from gapless.bench.machine import machine, machine_line
-from gapless.demo import ranks, schedules_report
+from gapless.demo import ranks, report, schedules_report
 from gapless.demo.ranks import Settings
 from gapless.schedule import ModelShape
 from gapless.testing.processes import Processes
@@ -127,18 +124,6 @@ def run(
             row["planner"]: max(abs(a - b) for a, b in zip(one["losses"], row["losses"], strict=False))
             for row in rows[1:]
         },
-        "machine": machine(),
-        "seconds": time.perf_counter() - begin,
     }
-    for title, head, cells in schedules_report.tables(result):
-        table = Table(*head[:1], box=None, pad_edge=False, title=title, title_justify="left")
-        for column in head[1:]:
-            table.add_column(column, justify="right")
-        for cell in cells:
-            table.add_row(*cell)
-        console.print(table)
-    console.print(machine_line(result["machine"]), style="dim", highlight=False, markup=False)
-    index = schedules_report.write(result, out)
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"report: {index.resolve()}", highlight=False, markup=False)
-    return result | {"report": str(index)}
+    shown = report.printable(schedules_report.tables(result))
+    return report.finish(result, out, schedules_report.write, *shown, begin=begin, console=console)

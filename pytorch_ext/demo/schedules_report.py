@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from matplotlib.figure import Figure
 
 from gapless.demo import ranks
 from gapless.demo.ranks import Settings
-from gapless.demo.report import PACKED, PADDED, axes_of, images, page, table
+from gapless.demo.report import PACKED, PADDED, Rows, Tables, axes_of, images, page, table
 from gapless.schedule.simulate import simulate
 from gapless.schedule.timeline import figure as planned_figure
 
-Rows = list[tuple[str, ...]]
 NAMES = {
     "one": "one process",
     "static-cp": "static context parallelism",
@@ -30,7 +28,7 @@ NAMES = {
 MIB = 2**20
 
 
-def tables(result: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...], Rows]]:
+def tables(result: dict[str, Any]) -> Tables:
     """(title, head, rows) of each table."""
     rows = {row["planner"]: row for row in result["rows"]}
     static = rows.get("static-cp")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -17,14 +16,13 @@ import diffusers  # noqa: F401  (the runs need it: say so before they start)
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 import gapless
 from gapless.bench import video
 from gapless.bench.block_cases import random_blocks
-from gapless.bench.machine import machine, machine_line
-from gapless.demo import fields, video_report
+from gapless.demo import fields, report, video_report
 from gapless.plan import BlockGrid, BlockLayout
 from gapless.sparsity import AdaSpa, Dense, Policy, TileMasks, TileSearch, attention_tile, recall
 from gapless.sparsity.policy import Record, Statistic, Visit
@@ -363,26 +361,5 @@ def run(
             result["weights"] = through_weights(settings, steps, seconds, tell)
         if inputs != "weights":
             result["fields"] = through_fields(settings, tell)
-    result |= {"machine": machine(), "seconds": time.perf_counter() - begin}
-    for title, head, rows in video_report.tables(result):
-        table = Table(*head[:1], box=None, pad_edge=False, title=title, title_justify="left")
-        for name in head[1:]:
-            table.add_column(name, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    console.print(video_report.CAVEAT, style="dim", highlight=False)
-    console.print(machine_line(result["machine"]), style="dim", highlight=False, markup=False)
-    index = video_report.write(result, out)
-    (out / "result.json").write_text(json.dumps(_plain(result), indent=2) + "\n")
-    console.print(f"report: {index.resolve()}", highlight=False, markup=False)
-    return result | {"report": str(index)}
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: maps are pictures, not numbers, and infinity is no number there."""
-    if isinstance(value, dict):
-        return {name: _plain(x) for name, x in value.items() if name != "maps"}
-    if isinstance(value, (list, tuple)):
-        return [_plain(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    shown, caveat = report.printable(video_report.tables(result)), Text(video_report.CAVEAT, style="dim")
+    return report.finish(result, out, video_report.write, *shown, caveat, begin=begin, console=console)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gapless.demo.report import PACKED, PADDED, axes_of, images, page, table
+from gapless.demo.report import PACKED, PADDED, Rows, Tables, axes_of, images, page, table
 
 CAVEAT = (
     "Random weights show speed, not quality: their attention has no structure to find, and what a mask leaves out "
@@ -25,7 +24,6 @@ COLORS = {
 }  # fmt: skip
 STYLES = {"dense": "#c9c9c9", "fused search": "#e0a030", "cached search": "#e0a030", "sparse": PACKED}
 MOST_HEADS = 4  # in a picture
-Rows = list[tuple[str, ...]]
 
 
 def _decibels(value: float) -> str:
@@ -36,7 +34,7 @@ def _seconds(value: float) -> str:
     return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.2f} s"
 
 
-def tables(result: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...], Rows]]:
+def tables(result: dict[str, Any]) -> Tables:
     """(title, head, rows) of each table that there is something for."""
     if weights := result["weights"]:
         dense = next(v for v in weights["variants"] if v["family"] == "dense")
