@@ -74,6 +74,7 @@ def zone_plan(
     far: float,
     hop: float,
     overhead: float,
+    whole_nodes: bool,
     piece: float,
     level: float,
     fullness: float,
@@ -98,6 +99,7 @@ def hdp_plan(
     node_token: float,
     network_token: float,
     hop: float,
+    two_level: bool,
     finish: float,
     longest: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], float, float]:

@@ -38,6 +38,9 @@ def test_a_micro_batch_by_hand():
     assert cost.seconds(3, 6, 3) == max(attention / 3, 56) + linear / 3 + overhead
     assert cost.seconds(3, 6, 3, True) == max(attention / 3, 200) + linear / 3 + overhead
     assert cost.ring(3, [1, 3]).tolist() == [0, 56]
+    # Over 2 nodes of 2 ranks: two hops inside nodes, beside one to the next node.
+    assert cost.ring(4, 4, True, 2) == max(2 * 4 * (8 * 3 / 4 + 2 * 0.5), 4 * (8 * 3 / 1 + 2 * 0.5))
+    assert cost.seconds(4, 10, 4, True, 2) == max(10 * 28 / 4, 100) + 4 * 36 / 4 + overhead
     assert CostModel(cell=1, token=1, causal=False).cells(3) == 9
 
 

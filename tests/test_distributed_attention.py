@@ -17,8 +17,8 @@ import torch.distributed as dist
 import gapless
 from gapless import distributed
 from gapless.distributed.peers import Exchange
-from gapless.distributed.ring_plan import RingPlan, last_rounds, seen_chunks
-from gapless.schedule import CostModel, MicroBatch, Pack, Schedule, schedule_of
+from gapless.distributed.ring_plan import RingPlan, seen_chunks
+from gapless.schedule import Cluster, CostModel, MicroBatch, Pack, Schedule, schedule_of
 from gapless.testing import (
     Batch,
     Results,
@@ -51,9 +51,11 @@ class Case:
     sinks: bool = False
     dlse: bool = True
     seed: int = 0
+    per_node: int = RANKS  # below the number of ranks, rings even over nodes are of two levels
 
     def schedule(self) -> Schedule:
-        return schedule_of(self.lengths, self.packs, ranks=RANKS, capacity=10**6, cost=COST)
+        cluster = Cluster(RANKS, ranks_per_node=self.per_node)
+        return schedule_of(self.lengths, self.packs, ranks=cluster, capacity=10**6, cost=COST, two_level=True)
 
     def batch(self) -> Batch:
         sizes = self.heads, self.kv_heads, self.dim, self.dim_v
@@ -170,6 +172,23 @@ NAMED = {
     "bf16": Case(MIXED, RING, BF16, options=CAUSAL, sinks=True),
     "fp16": Case(MIXED, RING, FP16, options=CAUSAL),
     "fp64": Case(MIXED, RING, FP64, options={"window": (30, 0)}, slopes="heads", sinks=True),
+    # Two levels: two nodes of two, four of one, and rings that are not even over nodes.
+    "nodes": Case(MIXED, RING, options=CAUSAL, per_node=2),
+    "nodes_of_one": Case(MIXED, RING, options=CAUSAL, per_node=1),
+    "nodes_full": Case(MIXED, RING, per_node=2, slopes="heads"),
+    "nodes_window": Case(MIXED, RING, options={"window": (9, 0)}, per_node=2),
+    "nodes_far_window": Case(MIXED, RING, options={"window": (2, 30)}, per_node=1, sinks=True),
+    "nodes_order": Case(MIXED, [Pack([0, 1, 2], [3, 2, 0, 1], 0)], options=CAUSAL, per_node=2),
+    "nodes_mixed": Case(MIXED, [Pack([0, 1, 2], [0, 2, 1, 3], 0)], options=CAUSAL, per_node=2),
+    "nodes_uneven": Case(MIXED, [Pack([0, 1, 2], [0, 1, 3], 0)], options=CAUSAL, per_node=2),
+    "nodes_short": Case([3, 1, 0, 5], [Pack([0, 1, 2, 3], [2, 3, 0, 1], 0)], options=CAUSAL, per_node=2),
+    "nodes_bf16": Case(MIXED, RING, BF16, options=CAUSAL, per_node=2),
+    "nodes_shared": Case(
+        [40, 30, 20, 11],
+        [Pack([0], [0, 1, 2, 3], 0), Pack([1], [1, 2], 0), Pack([2], [2, 3, 0, 1], 0), Pack([3], [1], 0)],
+        options=CAUSAL,
+        per_node=2,
+    ),
     # Rings: in any order, of any members, some of whom hold no token.
     "order": Case(MIXED, [Pack([0, 1, 2], [2, 0, 3, 1], 0)], options=CAUSAL),
     "pair": Case(MIXED, [Pack([0, 1, 2], [3, 1], 0)], options=CAUSAL),
@@ -240,6 +259,7 @@ def random_case(seed: int) -> Case:
         bool(rng.integers(0, 3) == 0),
         bool(rng.integers(0, 2)),
         seed,
+        int(rng.choice([1, 2, RANKS])),
     )
 
 
@@ -318,10 +338,12 @@ def visit(plan: RingPlan, seen: dict[int, np.ndarray]) -> None:
     )
     for ring in plan.rings:
         shard, size = ring.shard, len(ring.shard.ranks)
+        wanted = wanted_by(shard, plan.window)
         for number, round_ in enumerate(ring.rounds):
+            turn, hop = divmod(number, shard.width)
+            assert round_ is ring.round(turn, hop) and (round_.turn, round_.hop) == (turn, hop)
             chunks = [round_.member, 2 * size - 1 - round_.member]
-            held = [c for c in chunks if number == 0 or last_of(shard, plan.window)[c] >= number]
-            keys = positions(shard, held)
+            keys = positions(shard, [c for c in chunks if number == 0 or wanted(c, turn, hop)])
             assert len(keys) == round_.rows
             for pair in round_.pairs:
                 q, k = rows[pair.queries], keys[pair.keys]
@@ -343,10 +365,22 @@ def visit(plan: RingPlan, seen: dict[int, np.ndarray]) -> None:
                 assert counted
 
 
-def last_of(shard, window: tuple[int, int]) -> np.ndarray:
-    size = len(shard.ranks)
-    cuts = np.stack([shard.chunk(j)[0] for j in range(2 * size)] + [shard.lengths])
-    return last_rounds(seen_chunks(cuts, window))
+def wanted_by(shard, window: tuple[int, int]):
+    """Whether this rank has to have a chunk in a round: for itself, for who comes later in its group, or for others."""
+    size, width = len(shard.ranks), shard.width
+    sees = seen_chunks(np.stack([shard.chunk(j)[0] for j in range(2 * size)] + [shard.lengths]), window)
+
+    def wanted(chunk: int, turn: int, hop: int) -> bool:
+        owner = min(chunk, 2 * size - 1 - chunk)
+        for rank in set(range(size)) - {owner}:
+            at = (rank // width - owner // width) % (size // width), (rank - owner) % width
+            if not (sees[rank, chunk] or sees[2 * size - 1 - rank, chunk]):
+                continue
+            if (at[0] == turn and at[1] >= hop) or (at[0] > turn and hop == 0):
+                return True
+        return False
+
+    return wanted
 
 
 @pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (4, 0), (0, 3), (-1, 2), (30, 30)])
@@ -367,24 +401,47 @@ def test_plans_see_each_cell_once(window):
         check_messages(plans)
 
 
+def test_plans_of_many_nodes_see_each_cell_once():
+    lengths = [90, 7, 31]
+    for ranks, per_node in ((12, 3), (12, 4), (12, 1), (6, 5), (10, 5)):
+        for window in ((-1, 0), (-1, -1), (9, 0), (30, 5)):
+            cluster = Cluster(ranks, ranks_per_node=per_node)
+            packs = [Pack([0, 1, 2], range(ranks), 0)]
+            schedule = schedule_of(lengths, packs, ranks=cluster, capacity=100, cost=COST, two_level=True)
+            assert schedule.widths.tolist() == [ranks if ranks % per_node else per_node]
+            seen = {i: np.zeros((n, n), np.int64) for i, n in enumerate(lengths)}
+            plans = {(r, 0): RingPlan.make(schedule.micro_batch(r, 0), window=window) for r in range(ranks)}
+            for plan in plans.values():
+                visit(plan, seen)
+            assert all((seen[i] == cells(n, window)).all() for i, n in enumerate(lengths))
+            check_messages(plans)
+
+
+def count(rows: slice) -> int:
+    return rows.stop - rows.start
+
+
 def check_messages(plans: dict[tuple[int, int], RingPlan]) -> None:
     """What each rank sends is what its peer has room for."""
     for (_, step), plan in plans.items():
         for ring in plan.rings:
-            size = len(ring.rounds)
+            size, width, mine = len(ring.rounds), ring.shard.width, ring.shard.index
             peers = [
-                next(r for r in plans[ring.rank(i), step].rings if r.shard.pack == ring.shard.pack).rounds
-                for i in range(size)
+                next(r for r in plans[rank, step].rings if r.shard.pack == ring.shard.pack)
+                for rank in ring.shard.ranks
             ]
-            mine = ring.shard.index
-            for number, round_ in enumerate(ring.rounds):
-                onward = round_.onward.stop - round_.onward.start
-                following = peers[(mine + 1) % size][number + 1].rows if number + 1 < size else 0
-                assert onward == following
-                home = round_.homeward.stop - round_.homeward.start
-                arriving = peers[round_.member][number].arriving
-                assert home == arriving.stop - arriving.start
-                assert number == 0 or onward + home == round_.rows
+            group = mine - mine % width
+            neighbour, other = peers[group + (mine + 1 - group) % width], peers[(mine + width) % size]
+            for round_ in ring.rounds:
+                turn, hop = round_.turn, round_.hop
+                assert round_.member == (group - turn * width) % size + (mine - group - hop) % width
+                onward = neighbour.round(turn, hop + 1).rows if hop + 1 < width else 0
+                assert count(round_.onward) == onward
+                outward = other.round(turn + 1, 0).rows if hop == 0 and (turn + 1) * width < size else 0
+                assert count(round_.outward) == outward
+                at_home = peers[round_.member].round(turn, hop)
+                assert at_home.finder == mine and count(round_.homeward) == count(at_home.arriving)
+                assert turn == hop == 0 or hop == 0 or onward + count(round_.homeward) == round_.rows
 
 
 def test_a_window_stops_keys_that_nobody_sees():

@@ -32,7 +32,7 @@ lengths_of = st.lists(st.integers(0, 300), max_size=24)
 
 def makespan(s, bubbles=0):
     """Each ring starts when all its ranks are free; a pipeline drains for its longest micro-batch."""
-    seconds = s.cost.seconds(s.pack_tokens, s.pack_cells, s.ring_sizes, s.across_nodes)
+    seconds = s.cost.seconds(s.pack_tokens, s.pack_cells, s.ring_sizes, s.across_nodes, s.widths)
     free, longest = np.zeros(s.ranks), np.zeros(s.ranks)
     for p in np.argsort(s.steps, kind="stable"):
         ring = list(s.ring(p))
@@ -111,6 +111,21 @@ def test_one_giant_among_thousands():
     s = bytescale.plan(lengths, ranks=128, capacity=8192, cost=PLAIN)
     assert s.ring_sizes[s.pack_of[-1]] >= 98
     assert makespan(s) <= 1.02 * s.lower_bound
+
+
+def test_a_long_sequence_takes_whole_nodes_where_the_network_is_slow():
+    lengths = np.concatenate([np.full(2000, 500), [500_000]])
+    slow = LINKED.replace(network_bandwidth=LINKED.network_bandwidth / 50)
+    plans = {
+        two_level: bytescale.plan(lengths, ranks=Cluster(130), capacity=8192, cost=slow, two_level=two_level)
+        for two_level in (False, True)
+    }
+    giant = plans[True].pack_of[-1]
+    assert plans[True].widths[giant] == 8 and plans[True].ring_sizes[giant] % 8 == 0
+    assert (plans[False].widths == plans[False].ring_sizes).all()
+    for s in plans.values():  # the planner, the cost model and the simulator agree
+        assert s.makespan == pytest.approx(makespan(s), rel=1e-9)
+    assert plans[True].makespan < 0.5 * plans[False].makespan
 
 
 def test_more_ranks_than_tokens():

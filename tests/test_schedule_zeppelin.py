@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Zeppelin's planner: zones, certified plans, remapping against a linear program, routes over network cards."""
-
-import dataclasses
+"""Zeppelin's planner: zones, certified plans, remapping against a linear program."""
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from gapless.schedule import Cluster, CostModel, traces, zeppelin
-from gapless.schedule.remap import balance_tokens, link_seconds, nic_of, routes, targets, traffic
+from gapless.schedule.remap import balance_tokens, link_seconds, nic_of, targets, traffic
 
 COST = CostModel(
     cell=2e-11,
@@ -54,9 +52,9 @@ def test_zones_at_the_extremes():
     assert local == intra > 0
 
 
-def test_routing_lets_shorter_sequences_leave_their_node():
+def test_rings_of_two_levels_let_shorter_sequences_leave_their_node():
     cluster = Cluster(16)
-    assert zeppelin.zones(COST, cluster, routing=True)[1] < zeppelin.zones(COST, cluster)[1]
+    assert zeppelin.zones(COST, cluster, two_level=True)[1] < zeppelin.zones(COST, cluster)[1]
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -73,13 +71,13 @@ def plan(sizes, cluster, capacity=600, cost=COST, **options):
 
 @settings(deadline=None, max_examples=60)
 @given(lengths, clusters, st.sampled_from([300, 1000, 3000]), st.booleans(), st.booleans())
-def test_plans_are_certified_and_the_same_again(sizes, cluster, capacity, remap, routing):
+def test_plans_are_certified_and_the_same_again(sizes, cluster, capacity, remap, two_level):
     if max(sizes, default=0) > cluster.ranks * capacity:
         with pytest.raises(ValueError, match=r"lengths\[\d+\] is \d+: .* would do"):
             plan(sizes, cluster, capacity)
         return
-    schedule = plan(sizes, cluster, capacity, remap=remap, routing=routing)  # its construction checks it
-    assert schedule.digest == plan(sizes, cluster, capacity, remap=remap, routing=routing).digest
+    schedule = plan(sizes, cluster, capacity, remap=remap, two_level=two_level)  # its construction checks it
+    assert schedule.digest == plan(sizes, cluster, capacity, remap=remap, two_level=two_level).digest
     assert schedule.makespan >= schedule.lower_bound * (1 - 1e-9)
     if not remap:
         assert len(schedule.moves) == 0
@@ -313,37 +311,3 @@ def test_remapping_of_nothing():
         balance_tokens([1, 2], Cluster(3), COST)
     with pytest.raises(ValueError, match="tokens holds -1"):
         balance_tokens([1, -1, 0], Cluster(3), COST)
-
-
-# --- routes ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_route_uses_every_card_that_both_nodes_have():
-    cluster = Cluster(20, ranks_per_node=8, nics_per_node=4)
-    route = routes(3, 13, cluster)
-    assert 3 in route.senders and 13 in route.receivers
-    for ranks in (route.senders, route.receivers):
-        assert len(ranks) == 4 == len(set(nic_of(ranks, cluster).tolist()))
-        assert len(set(cluster.node_of(ranks).tolist())) == 1
-    # The last node has four ranks, on two cards.
-    assert len(routes(3, 17, cluster).senders) == 2 == len(routes(17, 3, cluster).receivers)
-    assert routes(3, 17, cluster).receivers == (17, 18)
-
-
-def test_the_parts_of_a_route():
-    route = routes(0, 8, Cluster(16))
-    cost = dataclasses.replace(COST, latency=0.0)
-    dispatch, transfer, combine = route.parts(8e6, cost)
-    assert dispatch == combine == pytest.approx(7e6 / 200e9)
-    assert transfer == pytest.approx(1e6 / 25e9)
-    assert route.seconds(8e6, cost) < 8e6 / 25e9 / 2
-    alone = routes(0, 8, Cluster(16, nics_per_node=1))
-    assert alone.seconds(8e6, cost) == pytest.approx(8e6 / 25e9)
-    assert route.split(1001).sum() == 1001 and np.ptp(route.split(1001)) == 1
-
-
-def test_routes_that_are_none():
-    with pytest.raises(ValueError, match="ranks 1 and 2 are on one node"):
-        routes(1, 2, Cluster(16))
-    with pytest.raises(ValueError, match="destination is 16: it has to be between 0 and 15"):
-        routes(1, 16, Cluster(16))

@@ -15,7 +15,6 @@ from gapless.schedule import Cluster, CostModel, Pack, schedule_of
 from gapless.schedule import explain as explained
 from gapless.schedule.links import hop
 from gapless.schedule.micro_batches import connected
-from gapless.schedule.remap import routes
 from gapless.schedule.simulate import WAITS, simulate
 
 # Attention alone: a pair takes a second forward and nothing backward.
@@ -89,14 +88,16 @@ def test_rings_that_share_a_rank_take_turns():
 
 
 def test_a_chain_of_rings_ends_together():
-    # 0-1, 1-2 and 2-3 in turn: each ring has to wait for the one before.
+    # 0-1, 1-2 and 2-3: the inner two ranks take two rings, in turns.
     lengths = [3, 3, 3]
     s = plan(lengths, [Pack([i], [i, i + 1], 0) for i in range(3)], 4, PAIRS)
-    assert s.makespan == pytest.approx(9)
-    np.testing.assert_allclose(s.timeline.busy, [3, 6, 6, 3])
-    # Against the order of the chain the outer two run at once.
-    s = plan(lengths, [Pack([0], [0, 1], 0), Pack([1], [2, 3], 0), Pack([2], [1, 2], 0)], 4, PAIRS)
     assert s.makespan == pytest.approx(6)
+    np.testing.assert_allclose(s.timeline.busy, [3, 6, 6, 3])
+    np.testing.assert_allclose(s.timeline.waits["peers"], [3, 0, 0, 3])
+    # One after another, each ring has to wait for the one before; in another order the outer two run at once.
+    assert simulate(s, overlap="ring").makespan == pytest.approx(9)
+    s = plan(lengths, [Pack([0], [0, 1], 0), Pack([1], [2, 3], 0), Pack([2], [1, 2], 0)], 4, PAIRS)
+    assert simulate(s, overlap="ring").makespan == pytest.approx(6)
 
 
 def test_ranks_run_ahead_where_nothing_ties_them():
@@ -128,34 +129,56 @@ def test_rings_share_network_cards():
     assert s.makespan == pytest.approx(alone, rel=1e-6)
 
 
-def test_routing_uses_all_cards_of_a_node():
-    cost = ALL.replace(latency=1e-3, cell=1e-15)
-    cluster = Cluster(16, ranks_per_node=8)
-    s = plan([10**6], [Pack([0], [0, 8], 0)], cluster, cost)
-    direct, routed = simulate(s), simulate(s, routing=True)
-    # The same as a planner's estimate of one message, there and (twice the bytes) back.
-    route, size = routes(0, 8, cluster), 5e5 * cost.kv_bytes
-    expected = cost.layers * (route.seconds(size, cost) + route.seconds(2 * size, cost))
-    fixed = float(cost.linear(5e5)) + cost.overhead
-    assert routed.makespan - fixed == pytest.approx(expected)
-    assert direct.makespan - fixed == pytest.approx(float(cost.ring(10**6, 2, True)))
-    assert routed.makespan < direct.makespan
-    # Small messages go the direct way: three latencies are more than one.
-    small = plan([2], [Pack([0], [0, 8], 0)], cluster, cost)
-    assert simulate(small, routing=True).makespan == small.makespan
+def test_two_levels_use_all_cards_of_a_node():
+    cost = ALL.replace(latency=0.0, cell=1e-15)
+    cluster, packs, tokens = Cluster(32, ranks_per_node=8), [Pack([0], range(32), 0)], 10**6
+    flat, two = (plan([tokens], packs, cluster, cost, two_level=t) for t in (False, True))
+    fixed = float(cost.linear(tokens / 32)) + cost.overhead
+    assert flat.widths.tolist() == [32] and two.widths.tolist() == [8]
+    assert flat.makespan - fixed == pytest.approx(float(cost.ring(tokens, 32, True)))
+    # Three times a share to the next node, ten times as slow as the seven hops inside one, four times.
+    share = tokens / 32 * cost.kv_bytes * 3 * cost.layers
+    assert two.makespan - fixed == pytest.approx(max(3 * share / 1e8, 4 * 7 * share / 1e9))
+    assert two.makespan - fixed == pytest.approx(float(cost.ring(tokens, 32, True, 8)))
+    assert two.timeline.bytes["network"] == pytest.approx(32 * 3 * share)
+    assert two.timeline.bytes["node"] == pytest.approx(32 * 4 * 7 * share)
+    # Two ranks share a card, so that it takes twice as long to leave the node.
+    cards = Cluster(32, ranks_per_node=8, nics_per_node=4)
+    shared = plan([tokens], packs, cards, cost, two_level=True)
+    assert shared.makespan - fixed == pytest.approx(max(6 * share / 1e8, 28 * share / 1e9))
+
+
+@pytest.mark.parametrize(
+    ("ring", "width"),
+    [
+        (range(8), 4),  # two nodes of four
+        ([4, 5, 0, 1], 2),
+        ([0, 4, 8], 1),
+        ([0, 1, 2], 3),  # one node
+        ([0, 1, 4], 3),  # uneven
+        ([0, 1, 2, 4, 5, 6, 7], 7),
+        ([0, 1, 4, 5, 8], 5),
+        ([0, 4, 1, 5], 1),  # a node twice
+    ],
+)
+def test_widths(ring, width):
+    packs = [Pack([0], ring, 0), Pack([1], range(4), 1), Pack([2], [3], 2)]
+    s = plan([100, 100, 100], packs, Cluster(9, ranks_per_node=4), two_level=True)
+    assert s.widths.tolist() == [width, 4, 1]
+    assert plan([100, 100, 100], packs, Cluster(9, ranks_per_node=4)).widths.tolist() == [len(ring), 4, 1]
+    assert s.shard(0, ring[0]).width == width
 
 
 def test_transfers_hide_or_do_not():
     cost = PAIRS.replace(kv_bytes=1.0, node_bandwidth=0.25, backward_kv=0.0)
     # A: 10 pairs over 2 ranks, 2 tokens each: 5 seconds and 8 of transfer; then 15 seconds alone.
     s = plan([4, 5, 5], [Pack([0], [0, 1], 0), Pack([1], [0], 0), Pack([2], [1], 0)], 2, cost)
-    assert s.makespan == pytest.approx(8 + 15)
+    assert s.makespan == pytest.approx(5 + 15)
+    assert simulate(s, overlap="ring").makespan == pytest.approx(8 + 15)
     assert simulate(s, overlap=False).makespan == pytest.approx(5 + 8 + 15)
-    # A rank that starts its rings first has its own work to hide them behind.
-    assert simulate(s, overlap="micro-batch").makespan == pytest.approx(5 + 15)
     lone = plan([4], [Pack([0], [0, 1], 0)], 2, cost)
-    assert simulate(lone, overlap="micro-batch").makespan == pytest.approx(8)
-    assert simulate(lone, overlap="micro-batch").waits["node"].tolist() == [pytest.approx(3)] * 2
+    assert lone.makespan == pytest.approx(8)
+    assert lone.timeline.waits["node"].tolist() == [pytest.approx(3)] * 2
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
@@ -339,19 +362,19 @@ def schedules(draw):
         Cluster(ranks, 4, draw(st.integers(1, 4)), stages=stages, speed=tuple(rng.random(ranks) + 0.5)),
         ALL.replace(latency=0.0),
         moves=moves,
+        two_level=draw(st.booleans()),
     )
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     schedules(),
-    st.sampled_from([True, False, "micro-batch"]),
-    st.booleans(),
+    st.sampled_from([True, False, "ring"]),
     st.booleans(),
     st.sampled_from([0, 1e5]),
 )
-def test_identities(s, overlap, host_overlap, routing, gradient_bytes):
-    options = {"host_overlap": host_overlap, "routing": routing, "gradient_bytes": gradient_bytes}
+def test_identities(s, overlap, host_overlap, gradient_bytes):
+    options = {"host_overlap": host_overlap, "gradient_bytes": gradient_bytes}
     t = simulate(s, overlap=overlap, spans=True, **options)
     add_up(t)
     assert t.makespan >= s.lower_bound * (1 - 1e-12)
@@ -392,7 +415,7 @@ def test_a_long_chain_is_connected():
     assert not label.any()
 
 
-def test_hop_is_direct_without_proxies():
+def test_hops_are_near_or_far():
     assert float(hop(ALL, 100.0, False)) == 100 / 1e9 + 1e-5
     assert float(hop(ALL, 100.0, True)) == 100 / 1e8 + 1e-5
     assert float(hop(ALL, 100.0, True, contention=3.0)) == pytest.approx(300 / 1e8 + 1e-5)

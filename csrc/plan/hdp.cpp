@@ -32,12 +32,22 @@ struct Pool {
     int64_t stages;
     std::vector<Index> order;               // by (load, rank)
     std::vector<std::vector<Index>> nodes;  // the same for each node
+    std::vector<Index> whole;               // nodes with all their ranks, by (load of the last rank, node)
 };
 
 struct Candidate {
     double waste = infinity;   // rank-seconds that nothing useful is done in
     double finish = infinity;  // seconds
-    std::span<const Index> ranks;
+    std::span<const Index> units;
+    const Pool* nodes_of = nullptr;  // whose nodes the units are; null: ranks
+
+    std::vector<Index> ranks() const {
+        if (!nodes_of) return {units.begin(), units.end()};
+        std::vector<Index> all;
+        for (const Index node : units)
+            all.insert(all.end(), nodes_of->nodes[node].begin(), nodes_of->nodes[node].end());
+        return all;
+    }
 
     // Of equal waste the fuller ranks, so that others stay free for what is longer than the rest of these.
     bool better_than(double other_waste, double other_finish) const {
@@ -131,7 +141,8 @@ class Planner {
     }
 
     Pool pool_of(std::vector<Index> members) const {
-        Pool pool{std::numeric_limits<int64_t>::max(), infinity, std::numeric_limits<int64_t>::max(), {}, {}};
+        Pool pool{
+            std::numeric_limits<int64_t>::max(), infinity, std::numeric_limits<int64_t>::max(), {}, {}, {}};
         for (const Index r : members) {
             pool.capacity = std::min(pool.capacity, ranks_.capacity[r]);
             pool.throughput = std::min(pool.throughput, ranks_.throughput[r]);
@@ -141,6 +152,10 @@ class Planner {
             pool.nodes[node].push_back(r);
         }
         pool.order = std::move(members);
+        if (ranks_.two_level && ranks_.ranks_per_node > 1)
+            for (size_t node = 0; node < pool.nodes.size(); ++node)
+                if (static_cast<Index>(pool.nodes[node].size()) == ranks_.ranks_per_node)
+                    pool.whole.push_back(static_cast<Index>(node));
         return pool;
     }
 
@@ -149,14 +164,16 @@ class Planner {
     // Seconds of a whole sequence on one rank.
     double alone(Index i) const { return sequences_.attention[i] + sequences_.linear[i]; }
 
-    // Seconds of sequence i on each of `size` ranks of a pool.
-    double seconds(Index i, Index size, const Pool& pool, bool across) const {
-        const double token = across ? ranks_.network_token : ranks_.node_token;
-        const double n = static_cast<double>(size);
+    // Seconds of sequence i on each of `size` ranks of a pool; keys go around `width` of them, and on to the
+    // next.
+    double seconds(Index i, Index size, const Pool& pool, bool across, Index width) const {
+        const double n = static_cast<double>(size), w = static_cast<double>(width);
+        const double share = static_cast<double>(sequences_.lengths[i]) / n;
+        const double near = share * ranks_.node_token + ranks_.hop,
+                     far = share * ranks_.network_token + ranks_.hop;
+        const double inner = across && width == size ? far : near;
         const double ring =
-            size == 1 ? 0.0
-                      : (n - 1) * (static_cast<double>(sequences_.lengths[i]) / n * token + ranks_.hop) /
-                            static_cast<double>(pool.stages);
+            std::max(n / w * (w - 1) * inner, (n / w - 1) * far) / static_cast<double>(pool.stages);
         return std::max(sequences_.attention[i] / n / pool.throughput, ring) +
                (sequences_.linear[i] / n + ranks_.overhead) / pool.throughput;
     }
@@ -183,7 +200,7 @@ class Planner {
     bool is_single(Index i) const {
         for (const Pool& pool : pools_)
             if (sequences_.lengths[i] <= pool.capacity &&
-                seconds(i, 1, pool, false) <= std::min(targets_.longest, targets_.finish * small))
+                seconds(i, 1, pool, false, 1) <= std::min(targets_.longest, targets_.finish * small))
                 return true;
         return false;
     }
@@ -198,14 +215,16 @@ class Planner {
             const Index least = fewest(i, pool);
             if (least > static_cast<Index>(pool.order.size())) continue;
             within_node(i, pool, least, best);
-            if (best.ranks.empty()) across_nodes(i, pool, least, best);
+            if (!best.units.empty()) continue;
+            across_nodes(i, pool, least, false, best);
+            if (pool.whole.size() > 1) across_nodes(i, pool, least, true, best);
         }
-        if (best.ranks.empty()) earliest(i, best);
-        if (best.ranks.empty())
+        if (best.units.empty()) earliest(i, best);
+        if (best.units.empty())
             throw std::invalid_argument("lengths[" + std::to_string(i) + "] is " +
                                         std::to_string(sequences_.lengths[i]) +
                                         ": no ring of these ranks holds it");
-        put(i, {best.ranks.begin(), best.ranks.end()});
+        put(i, best.ranks());
     }
 
     // Rings of the least-loaded ranks of one node.
@@ -213,7 +232,7 @@ class Planner {
         if (least > ranks_.ranks_per_node) return;
         std::vector<double> times(static_cast<size_t>(ranks_.ranks_per_node) + 1, infinity);
         const Index most = std::min(ranks_.ranks_per_node, widest(i, least));
-        for (Index n = least; n <= most; ++n) times[n] = seconds(i, n, pool, false);
+        for (Index n = least; n <= most; ++n) times[n] = seconds(i, n, pool, false, n);
         double even = -1;  // load of the last node whose ranks are all equal: another such node is no better
         for (const auto& node : pool.nodes) {
             if (node.empty()) continue;
@@ -235,36 +254,48 @@ class Planner {
         }
     }
 
-    // Rings of ranks that are free at about the same time, wherever they are.
-    void across_nodes(Index i, const Pool& pool, Index least, Candidate& best) const {
-        const auto& order = pool.order;
-        const Index size = static_cast<Index>(order.size());
-        for (Index begin = 0; begin < size;) {
-            const double level = load_[order[begin]];
-            double start = level;
+    // Seconds until all ranks of a unit are free: of a node of the pool, or of a rank.
+    double level(const Pool& pool, bool whole, Index unit) const {
+        return load_[whole ? pool.nodes[unit].back() : unit];
+    }
+
+    // Rings of ranks, or of whole nodes, that are free at about the same time, wherever they are.
+    void across_nodes(Index i, const Pool& pool, Index least, bool whole, Candidate& best) const {
+        const auto& order = whole ? pool.whole : pool.order;
+        const Index units = static_cast<Index>(order.size()), each = whole ? ranks_.ranks_per_node : 1;
+        const Index most = widest(i, least) / each;
+        const auto free_at = [&](Index unit) { return level(pool, whole, unit); };
+        for (Index begin = 0; begin < units;) {
+            const double first = free_at(order[begin]);
+            double start = first;
             for (int tries = 0; tries < 4; ++tries) {
                 const double budget = std::min(targets_.longest, targets_.finish - start);
-                Index n = fewest_within(i, pool, budget);
-                if (n == 0) break;
-                n = std::max(n, least);
-                if (n > widest(i, least) || begin + n > size) break;
-                const double last = load_[order[begin + n - 1]];
+                const Index enough = fewest_within(i, pool, budget);
+                if (enough == 0) break;
+                const Index count = (std::max(enough, least) + each - 1) / each;
+                if (count > most || begin + count > units) break;
+                const double last = free_at(order[begin + count - 1]);
                 if (last > start) {  // later ranks leave less time, which takes more of them
                     start = last;
                     continue;
                 }
-                const double time = seconds(i, n, pool, n > 1);
+                const Index n = count * each;
+                const double time = seconds(i, n, pool, count > 1, whole ? each : n);
                 if (time > targets_.longest || start + time > targets_.finish) break;
+                const Candidate found{
+                    0, start + time, {order.data() + begin, size_t(count)}, whole ? &pool : nullptr};
                 double idle = 0;
-                if (start > level)
-                    for (Index k = begin; k < begin + n; ++k) idle += start - load_[order[k]];
+                if (whole || start > first)
+                    for (const Index r : found.ranks()) idle += start - load_[r];
                 const double lost = waste(i, n, pool, time) + idle;
-                if (!best.better_than(lost, start + time))
-                    best = {lost, start + time, {order.data() + begin, size_t(n)}};
+                if (!best.better_than(lost, found.finish)) {
+                    best = found;
+                    best.waste = lost;
+                }
                 break;
             }
-            begin = std::upper_bound(order.begin() + begin, order.end(), level,
-                                     [this](double value, Index r) { return value < load_[r]; }) -
+            begin = std::upper_bound(order.begin() + begin, order.end(), first,
+                                     [&](double value, Index unit) { return value < free_at(unit); }) -
                     order.begin();
         }
     }
@@ -286,23 +317,42 @@ class Planner {
     }
 
     void consider(Index i, const Pool& pool, Index n, Candidate& best) const {
-        if (n <= ranks_.ranks_per_node) {
-            const double time = seconds(i, n, pool, false);
+        const Index each = ranks_.ranks_per_node;
+        if (n <= each) {
+            const double time = seconds(i, n, pool, false, n);
             for (const auto& node : pool.nodes) {
                 if (static_cast<Index>(node.size()) < n) continue;
                 const double finish = load_[node[n - 1]] + time;
                 if (finish < best.finish) best = {0, finish, {node.data(), size_t(n)}};
             }
         }
-        const double finish = load_[pool.order[n - 1]] + seconds(i, n, pool, n > 1);
+        const double finish = load_[pool.order[n - 1]] + seconds(i, n, pool, n > 1, n);
         if (finish < best.finish) best = {0, finish, {pool.order.data(), size_t(n)}};
+        const Index count = (n + each - 1) / each;
+        if (count < 2 || count > static_cast<Index>(pool.whole.size()) || count * each > widest(i, n)) return;
+        const double even =
+            level(pool, true, pool.whole[count - 1]) + seconds(i, count * each, pool, true, each);
+        if (even < best.finish) best = {0, even, {pool.whole.data(), size_t(count)}, &pool};
+    }
+
+    // Ranks of a ring, ascending, that keys go around before they go on to the next node (Schedule.widths).
+    Index width(const std::vector<Index>& ring) const {
+        const Index size = static_cast<Index>(ring.size());
+        if (!ranks_.two_level) return size;
+        const auto node = [&](Index place) { return ring[place] / ranks_.ranks_per_node; };
+        Index each = 1;
+        while (each < size && node(each) == node(0)) ++each;
+        if (size % each) return size;
+        for (Index place = each; place < size; ++place)
+            if ((node(place) == node(place - 1)) != (place % each != 0)) return size;
+        return each;
     }
 
     void put(Index i, std::vector<Index>&& ring) {
         std::sort(ring.begin(), ring.end());
         double start = 0;
         Index step = 0;
-        Pool slowest{0, infinity, std::numeric_limits<int64_t>::max(), {}, {}};
+        Pool slowest{0, infinity, std::numeric_limits<int64_t>::max(), {}, {}, {}};
         for (const Index r : ring) {
             slowest.throughput = std::min(slowest.throughput, ranks_.throughput[r]);
             slowest.stages = std::min(slowest.stages, ranks_.stages[r]);
@@ -310,7 +360,7 @@ class Planner {
             step = std::max(step, step_[r]);
         }
         const bool across = ring.front() / ranks_.ranks_per_node != ring.back() / ranks_.ranks_per_node;
-        const double time = seconds(i, static_cast<Index>(ring.size()), slowest, across);
+        const double time = seconds(i, static_cast<Index>(ring.size()), slowest, across, width(ring));
         for (const Index r : ring) {
             load_[r] = start + time;
             longest_[r] = std::max(longest_[r], time);
@@ -329,23 +379,36 @@ class Planner {
 
     // Only the ranks of the last ring have changed, all to the same load.
     void reorder(const std::vector<Index>& changed) {
-        const auto less = [this](Index a, Index b) { return before(a, b); };
-        for (const Index r : changed) changed_[r] = true;
+        std::vector<Index> nodes;
+        for (const Index r : changed) {
+            changed_[r] = true;
+            const Index node = r / ranks_.ranks_per_node;
+            if (nodes.empty() || nodes.back() != node) nodes.push_back(node);
+        }
         for (Pool& pool : pools_) {
-            kept_.clear();
-            moved_.clear();
-            for (const Index r : pool.order) (changed_[r] ? moved_ : kept_).push_back(r);
-            std::sort(moved_.begin(), moved_.end(), less);
-            std::merge(kept_.begin(), kept_.end(), moved_.begin(), moved_.end(), pool.order.begin(), less);
-            Index last = -1;
-            for (const Index r : changed) {
-                const Index node = r / ranks_.ranks_per_node;
-                if (node == last || node >= static_cast<Index>(pool.nodes.size())) continue;
-                std::sort(pool.nodes[node].begin(), pool.nodes[node].end(), less);
-                last = node;
-            }
+            const auto less = [this](Index a, Index b) { return before(a, b); };
+            resort(pool.order, [this](Index r) { return changed_[r]; }, less);
+            for (const Index node : nodes)
+                if (node < static_cast<Index>(pool.nodes.size()))
+                    std::sort(pool.nodes[node].begin(), pool.nodes[node].end(), less);
+            resort(
+                pool.whole, [&](Index node) { return std::binary_search(nodes.begin(), nodes.end(), node); },
+                [&](Index a, Index b) {
+                    const double first = level(pool, true, a), second = level(pool, true, b);
+                    return first != second ? first < second : a < b;
+                });
         }
         for (const Index r : changed) changed_[r] = false;
+    }
+
+    // Sorts what is in order but for the changed entries.
+    template <typename Changed, typename Less>
+    void resort(std::vector<Index>& order, const Changed& changed, const Less& less) {
+        kept_.clear();
+        moved_.clear();
+        for (const Index unit : order) (changed(unit) ? moved_ : kept_).push_back(unit);
+        std::sort(moved_.begin(), moved_.end(), less);
+        std::merge(kept_.begin(), kept_.end(), moved_.begin(), moved_.end(), order.begin(), less);
     }
 
     // Seconds until the last rank is done.

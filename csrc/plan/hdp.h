@@ -24,9 +24,11 @@ struct HdpRanks {
     std::span<const int64_t> stages;     ///< pipeline stages of a rank
     int64_t ranks_per_node = 1;
     double overhead = 0;       ///< seconds of a micro-batch whatever is in it
-    double node_token = 0;     ///< seconds in which a ring inside a node hands on one token, there and back
-    double network_token = 0;  ///< the same of a ring that leaves its node
+    double node_token = 0;     ///< seconds in which one token is handed on inside a node, there and back
+    double network_token = 0;  ///< the same between nodes
     double hop = 0;            ///< seconds of the messages of one hop
+    bool two_level =
+        false;  ///< rings even over nodes: around each node, and from every rank to the next node
 };
 
 /// What a plan aims at, in seconds.
@@ -45,10 +47,11 @@ struct HdpPlan {
 };
 
 /// Longest first, each sequence gets the ring that wastes least of what the targets allow: no fewer ranks
-/// than hold it, as many as keep it within the target, inside a node where links are slow, on ranks that are
-/// free at about the same time. Sequences of one rank fill the rest in packs. Where nothing is within the
-/// targets, the ring that ends first. Takes the same decisions for equal lengths in any order. Throws
-/// std::invalid_argument on sizes that do not match and on a sequence that no ring holds.
+/// than hold it, as many as keep it within the target, inside a node where links are slow, whole nodes where
+/// that is faster, on ranks that are free at about the same time. Sequences of one rank fill the rest in
+/// packs. Where nothing is within the targets, the ring that ends first. Takes the same decisions for equal
+/// lengths in any order. Throws std::invalid_argument on sizes that do not match and on a sequence that no
+/// ring holds.
 HdpPlan hdp_plan(const HdpSequences& sequences, const HdpRanks& ranks, const HdpTargets& targets);
 
 }  // namespace gapless::plan

@@ -233,6 +233,7 @@ class Filler {
     /// `count` ranks of several nodes, those whose busiest rank has least to do; up to `most` as in `few`.
     bool many(int64_t count, int64_t most, int64_t length, double attention, Ring& ring) {
         count = std::max(count, std::min(node_size_ + 1, count_));
+        if (r_.whole_nodes) count = whole(count), most = whole(most);
         while (count <= most) {
             const int64_t share = ceil_div(length, count);
             const double latest = level_ - seconds(length, attention, count, true);
@@ -241,6 +242,7 @@ class Filler {
             for (size_t n = 0; n < nodes_.size(); ++n) {
                 const Node& node = nodes_[n];
                 if (node.room < share || node.latest > latest) continue;
+                if (count % node_size_ == 0 && node.end - node.begin < node_size_ && r_.whole_nodes) continue;
                 order_.emplace_back(node.most, n);
                 found += node.end - node.begin;
             }
@@ -258,9 +260,13 @@ class Filler {
             }
             if (count == most) break;
             count = std::min(most, count + std::max<int64_t>(1, count / 4));
+            if (r_.whole_nodes) count = whole(count);
         }
         return false;
     }
+
+    /// So many ranks, and as many more as make nodes whole.
+    int64_t whole(int64_t count) const { return std::min(ceil_div(count, node_size_) * node_size_, count_); }
 
     /// As few ranks as have room, wherever they are.
     bool any(int64_t length, Ring& ring) {

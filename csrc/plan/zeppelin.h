@@ -18,7 +18,8 @@ struct ZoneRanks {
     double near = 0;   // seconds in which a token's keys and values pass a link inside a node
     double far = 0;    // and between nodes
     double hop = 0;    // of latency, for each hop of a ring
-    double overhead = 0;  // of each micro-batch
+    double overhead = 0;       // of each micro-batch
+    bool whole_nodes = false;  // rings over several nodes take all ranks of each
 };
 
 /// What to aim at.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 MOST_TAGS = 2**31
-KEYS, GRADIENTS, HOME, ROWS = range(4)  # what a message holds
+KEYS, OUTER, GRADIENTS, HOME, ROWS = KINDS = range(5)  # what a message holds
 
 
 class PeerError(RuntimeError):
@@ -51,7 +51,7 @@ class Message(NamedTuple):
 
 def tag_of(number: int, kind: int) -> int:
     """A tag by what is sent. Equal tags are no harm: messages of a pair with one tag arrive in their order."""
-    return (4 * number + kind) % MOST_TAGS
+    return (len(KINDS) * number + kind) % MOST_TAGS
 
 
 class Exchange:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ring attention over the rings of one micro-batch, forward and backward (arXiv:2310.01889, arXiv:2502.21231).
+"""Ring attention over the rings of one micro-batch, forward and backward.
+
+Of one level (arXiv:2310.01889, arXiv:2502.21231) or two (arXiv:2406.18485): see :mod:`gapless.distributed.ring_plan`.
 
 Keys and values travel as one tensor [tokens, kv_heads, dim + dim_v]. While a round is computed, the keys of the next
 are under way, and those of all other rings of the micro-batch, too.
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gapless.distributed.peers import GRADIENTS, HOME, KEYS, Exchange, Message, tag_of
+from gapless.distributed.peers import GRADIENTS, HOME, KEYS, OUTER, Exchange, Message, tag_of
 from gapless.distributed.ring_plan import Ring, RingPlan, Round
 
 
@@ -61,7 +63,10 @@ def forward(
         attention.score,
         list(plan.window),
     )
-    merged = out.to(wide_dtype(q))
+    merged, total = (
+        out.to(wide_dtype(q)),
+        lse.double(),
+    )  # each rounding of an LSE is one of all that it scales
     for round_, ring, travelling in _rounds(plan, keys):
         at_hand = travelling.take(round_)
         for pair in round_.pairs:
@@ -76,17 +81,20 @@ def forward(
                 attention.score,
                 list(pair.window),
             )
-            merge_(merged[pair.queries], lse[:, pair.queries], part, part_lse)
+            merge_(merged[pair.queries], total[:, pair.queries], part, part_lse)
     for travelling in keys:
         travelling.finish()
-    return merged.to(q.dtype), lse
+    return merged.to(q.dtype), total.to(lse.dtype)
 
 
 def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Join the result over other keys to ``out`` [tokens, heads, dim] and ``lse`` [heads, tokens], in place."""
     joint = torch.logaddexp(lse, part_lse)
-    old, new = (torch.exp(x - joint).masked_fill_(x == -torch.inf, 0.0).T[..., None] for x in (lse, part_lse))
-    out.mul_(old).addcmul_(part.to(out.dtype), new.to(out.dtype))
+    old, new = (
+        torch.exp(x - joint).masked_fill_(x == -torch.inf, 0.0).to(out.dtype).T[..., None]
+        for x in (lse, part_lse)
+    )
+    out.mul_(old).addcmul_(part.to(out.dtype), new)
     lse.copy_(joint)
 
 
@@ -183,28 +191,30 @@ class _Traveller:
         self._ring, self._group = ring, group
         self._rank, self._step = plan.micro_batch.rank, plan.micro_batch.step
         self._place = ring.shard.index
+        self._width, self._turns = ring.shard.width, len(ring.rounds) // ring.shard.width
 
-    def _next(self, round_: Round) -> Round | None:
-        r = self._number(round_) + 1
-        return self._ring.rounds[r] if r < len(self._ring.rounds) else None
-
-    def _number(self, round_: Round) -> int:
-        return (self._place - round_.member) % len(self._ring.rounds)
+    def _next_hop(self, round_: Round) -> int:
+        """Rows that come from this rank's neighbour for the next round; none after the last hop."""
+        hop = round_.hop + 1
+        return self._ring.round(round_.turn, hop).rows if hop < self._width else 0
 
     def _post(self, round_: Round, sends: list[Message], receives: list[Message]) -> Exchange:
         shard = self._ring.shard
         about = (
             f"rank {self._rank}, step {self._step}, pack {shard.pack} on ranks {list(shard.ranks)}, "
-            f"{self.kind} after round {self._number(round_)}"
+            f"{self.kind} after round {round_.turn * self._width + round_.hop}"
         )
         return Exchange(sends, receives, self._group, about)
 
-    def _message(self, rows: Tensor, place: int, kind: int) -> Message:
-        return Message(rows, self._ring.rank(place), tag_of(self._ring.shard.pack, kind))
+    def _message(self, rows: Tensor, rank: int, kind: int) -> Message:
+        return Message(rows, rank, tag_of(self._ring.shard.pack, kind))
+
+    def _from(self, turns: int, hops: int) -> int:
+        return self._ring.rank(self._place, turns, hops)
 
 
 class _Keys(_Traveller):
-    """Keys and values on their way around a ring."""
+    """Keys and values on their way around groups, and from group to group."""
 
     kind = "keys"
 
@@ -213,35 +223,46 @@ class _Keys(_Traveller):
     ) -> None:
         super().__init__(plan, ring, group)
         self._at_hand = torch.cat([k[ring.rows], v[ring.rows]], -1)
-        self._hop(ring.rounds[0])
+        self._go_on(ring.rounds[0])
 
-    def _hop(self, round_: Round) -> None:
-        """Send on what is at hand; what comes is for the next round."""
-        following = self._next(round_)
-        rows = 0 if following is None else following.rows
-        self._coming = self._at_hand.new_empty(rows, *self._at_hand.shape[1:])
-        self._exchange = self._post(
+    def _room(self, rows: int) -> Tensor:
+        return self._at_hand.new_empty(rows, *self._at_hand.shape[1:])
+
+    def _go_on(self, round_: Round) -> None:
+        """Send on what is at hand: to the neighbour for the next hop, and once to the next group for the next turn."""
+        self._coming = self._room(self._next_hop(round_))
+        self._hop = self._post(
             round_,
-            [self._message(self._at_hand[round_.onward], self._place + 1, KEYS)],
-            [self._message(self._coming, self._place - 1, KEYS)],
+            [self._message(self._at_hand[round_.onward], self._from(0, 1), KEYS)],
+            [self._message(self._coming, self._from(0, -1), KEYS)],
         )
+        if round_.hop == 0:
+            turn = round_.turn + 1
+            self._next = self._room(self._ring.round(turn, 0).rows if turn < self._turns else 0)
+            self._turn = self._post(
+                round_,
+                [self._message(self._at_hand[round_.outward], self._from(1, 0), OUTER)],
+                [self._message(self._next, self._from(-1, 0), OUTER)],
+            )
 
     def take(self, round_: Round) -> Tensor:
         """The keys of this round; those of the next are under way from now on."""
-        if round_.member != self._place:
-            before = self._exchange
-            before.receive()
-            self._at_hand = self._coming
-            self._hop(round_)
-            before.finish()
+        if round_.turn or round_.hop:
+            before = [self._hop] if round_.hop else [self._hop, self._turn]
+            before[-1].receive()
+            self._at_hand = self._coming if round_.hop else self._next
+            self._go_on(round_)
+            for exchange in before:
+                exchange.finish()
         return self._at_hand
 
     def finish(self) -> None:
-        self._exchange.finish()
+        self._hop.finish()
+        self._turn.finish()
 
 
 class _Gradients(_Traveller):
-    """Gradients of keys and values, which follow them one round behind and then go home."""
+    """Gradients of keys and values, which follow them around a group one hop behind and then go home."""
 
     kind = "gradients"
 
@@ -262,22 +283,21 @@ class _Gradients(_Traveller):
             return
         if self._exchange is not None:
             self.finish()
-            part += self._coming
-        following = self._next(round_)
-        rows = 0 if following is None else following.rows
-        self._coming = part.new_empty(rows, *part.shape[1:])
+            if round_.hop:
+                part += self._coming
+        self._coming = part.new_empty(self._next_hop(round_), *part.shape[1:])
         self._arriving = round_.arriving
         self._arrived = torch.empty_like(self._home[round_.arriving])
-        r = self._number(round_)
+        ranks = self._ring.shard.ranks
         self._exchange = self._post(
             round_,
             [
-                self._message(part[round_.onward], self._place + 1, GRADIENTS),
-                self._message(part[round_.homeward], round_.member, HOME),
+                self._message(part[round_.onward], self._from(0, 1), GRADIENTS),
+                self._message(part[round_.homeward], ranks[round_.member], HOME),
             ],
             [
-                self._message(self._coming, self._place - 1, GRADIENTS),
-                self._message(self._arrived, self._place + r, HOME),
+                self._message(self._coming, self._from(0, -1), GRADIENTS),
+                self._message(self._arrived, ranks[round_.finder], HOME),
             ],
         )
 

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a rank does in the rings of one micro-batch: made once, run by every layer in both directions.
 
-In round r of a ring of N ranks, the rank at place i has the keys of place ``(i - r) mod N``. Each of the two chunks
-there travels on only while a rank to come sees it, and its gradient goes home from the last one that does.
+The N places of a ring are groups of ``width`` neighbours: all of them, or the ranks of one node. A round is a pair
+(turn, hop). In each turn every rank has the keys that the rank at its own place ``turn`` groups before had in the first
+one; from hop to hop they go around its group, while they are already on their way to the next group for the next turn.
+So in round r, the rank at place p of group a has the keys of place ``(p - hop) mod width`` of group
+``(a - turn) mod groups``. Each of the two chunks there travels on only while a rank to come sees it, and the gradient
+that a group finds for it is summed around that group and goes home from the last rank there that sees it.
 """
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -35,12 +40,16 @@ class Pair(NamedTuple):
 class Round(NamedTuple):
     """What happens with the keys of one member of the ring; slices are rows of its keys that are at hand."""
 
-    member: int
+    turn: int
+    hop: int
+    member: int  # whose keys they are
     rows: int  # tokens at hand
     pairs: tuple[Pair, ...]
-    onward: slice  # what the next rank needs, too
-    homeward: slice  # what nobody needs any more: its gradients are complete
-    arriving: slice  # rows of this rank's own shard whose gradients come home in this round
+    onward: slice  # what the next rank of the group needs, too
+    outward: slice  # what later groups need; on the first hop of a turn
+    homeward: slice  # what nobody in the group needs any more: the group's gradients for it are complete
+    finder: int  # who sends gradients home to this rank in this round
+    arriving: slice  # rows of this rank's own shard that they are of
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +61,12 @@ class Ring:
     sequences: slice  # of the micro-batch
     rounds: tuple[Round, ...]
 
-    def rank(self, place: int) -> int:
-        """The rank at a place of the ring, counted around it."""
-        return self.shard.ranks[place % len(self.shard.ranks)]
+    def rank(self, place: int, turns: int = 0, hops: int = 0) -> int:
+        """The rank so many groups on, and so many places on around the group there."""
+        return self.shard.ranks[moved(place, turns, hops, self.shard.width, len(self.shard.ranks))]
+
+    def round(self, turn: int, hop: int) -> Round:
+        return self.rounds[turn * self.shard.width + hop]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,20 +149,30 @@ class RingPlan:
 _plans: weakref.WeakKeyDictionary[MicroBatch, dict[tuple, RingPlan]] = weakref.WeakKeyDictionary()
 
 
+def moved(place: int, turns: int, hops: int, width: int, size: int) -> int:
+    """The place so many groups of ``width`` on in a ring of ``size``, and so many places on around the group."""
+    group, inside = divmod(place, width)
+    return (group + turns) % (size // width) * width + (inside + hops) % width
+
+
 def _rounds(
     shard: Shard, row: int, window: tuple[int, int], alibi: bool, device: torch.device
 ) -> tuple[Round, ...]:
     """All rounds of one ring, for the rank whose shard it is; its first token is ``row`` of the micro-batch."""
-    size, mine = len(shard.ranks), shard.index
+    size, mine, width = len(shard.ranks), shard.index, shard.width
     cuts = np.stack([shard.chunk(j)[0] for j in range(2 * size)] + [shard.lengths])
     tokens = np.diff(cuts, axis=0).sum(1)
     sees = seen_chunks(cuts, window)
-    last = last_rounds(sees)
+    last_hop, last_turn = last_seen(sees, width)
     starts = {mine: row, 2 * size - 1 - mine: row + int(tokens[mine])}
     rounds = []
-    for r in range(size):
-        member = (mine - r) % size
-        held = [c for c in (member, 2 * size - 1 - member) if r == 0 or last[c] >= r]
+    for turn, hop in product(range(size // width), range(width)):
+        member, finder = (moved(mine, sign * turn, sign * hop, width, size) for sign in (-1, 1))
+        last = last_hop[:, mine // width]
+        wanted = last >= hop
+        if hop == 0:
+            wanted |= (last_turn >= turn) | (turn == 0)
+        held = [c for c in (member, 2 * size - 1 - member) if wanted[c]]
         pairs, begin = [], 0
         for c in held:
             keys = slice(begin, begin + int(tokens[c]))
@@ -160,14 +182,21 @@ def _rounds(
                 for a, start in starts.items()
                 if a != c and sees[a, c]
             ]
+        at_home = turn == hop == 0
         rounds.append(
             Round(
+                turn,
+                hop,
                 member,
                 begin,
                 tuple(pairs),
-                _rows(held, tokens, last > r),
-                NOTHING if r == 0 else _rows(held, tokens, last == r),
-                NOTHING if r == 0 else _rows(list(starts), tokens, last == r),
+                onward=_rows(held, tokens, last > hop),
+                outward=_rows(held, tokens, last_turn > turn) if hop == 0 else NOTHING,
+                homeward=NOTHING if at_home else _rows(held, tokens, last == hop),
+                finder=finder,
+                arriving=NOTHING
+                if at_home
+                else _rows(list(starts), tokens, last_hop[:, finder // width] == hop),
             )
         )
     return tuple(rounds)
@@ -195,14 +224,20 @@ def seen_chunks(cuts: Ints, window: tuple[int, int]) -> NDArray[np.bool_]:
     return sees
 
 
-def last_rounds(sees: NDArray[np.bool_]) -> Ints:
-    """int64 [chunks], the last round in which a rank other than its own sees each chunk; 0: none does."""
+def last_seen(sees: NDArray[np.bool_], width: int) -> tuple[Ints, Ints]:
+    """(last_hop, last_turn): int64 [chunks, groups], the last hop in which a rank of each group sees each chunk, and
+    int64 [chunks], the last turn in which any does; -1: none does. What its own rank sees does not count.
+    """
     chunks = len(sees)
     size = chunks // 2
+    groups = size // width
     by_rank = sees[:size] | sees[: size - 1 : -1]  # [ranks, chunks], either of a rank's two chunks
     owner = np.minimum(np.arange(chunks), chunks - 1 - np.arange(chunks))
-    distance = (np.arange(size)[:, None] - owner) % size
-    return np.where(by_rank, distance, 0).max(0)
+    rank = np.arange(size)[:, None]
+    by_rank = by_rank & (rank != owner)
+    hops = np.where(by_rank, (rank - owner) % width, -1).reshape(groups, width, chunks).max(1)
+    turns = (np.arange(groups)[:, None] - owner // width) % groups
+    return hops.T, np.where(hops >= 0, turns, -1).max(0)
 
 
 def _rows(held: list[int], tokens: Ints, wanted: NDArray[np.bool_]) -> slice:

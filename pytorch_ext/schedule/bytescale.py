@@ -8,18 +8,21 @@ as many ranks as it needs. Three planners:
 * ``method="greedy"``: the paper's algorithm 2, with ``balance="dp"`` or ``"pp"``.
 * ``method="search"`` (the default): the same freedom, but sizes of rings are chosen by time. A target for the last
   rank is raised from a lower bound until a plan meets it: longest first, each sequence gets the ring that wastes
-  fewest rank-seconds of what the target allows, and the short ones fill up the rest (csrc/plan/hdp.cpp).
+  fewest rank-seconds of what the target allows, and the short ones fill up the rest (csrc/plan/hdp.cpp). Where every
+  sequence fits a rank, multifit with swaps may end sooner, and is taken then (gapless.schedule.packing).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gapless import _planner
+from gapless.schedule import packing
 from gapless.schedule.bytescale_paper import Plan, greedy, in_order
 from gapless.schedule.cluster import Cluster
 from gapless.schedule.cost import CostModel
@@ -33,6 +36,9 @@ Floats = NDArray[np.float64]
 ENOUGH = 0.005  # over the lower bound: what is left is not worth looking for
 MOST_SHARED = 3  # sequences a rank that are tried as shared ones
 FEW = 32  # sequences a rank: of more of them, whole ones come out even
+MOST_SWAPPED = (
+    2**14
+)  # sequences among which whole ones are swapped until ranks are even: a second of planning
 
 # How far above its bound the target is tried; a plan that meets one ends the search.
 _GAPS = (0.0, 0.003, 0.01, 0.02, 0.03, 0.045, 0.07, 0.12, 0.25, 0.6)
@@ -48,6 +54,7 @@ def plan(
     offload: bool = True,
     method: str = "search",
     delta: float = 0.0,
+    two_level: bool = True,
 ) -> Schedule:
     """A schedule of one global batch by hybrid data parallelism.
 
@@ -63,6 +70,8 @@ def plan(
             thereby need fewer ranks (:func:`~gapless.schedule.offloading.least_ranks`).
         method: of balancing, "search" or "greedy".
         delta: greedy only, seconds by which a rank has to be behind the last one to get more work; if none is, all do.
+        two_level: whether rings over whole nodes use all their network cards (:class:`gapless.schedule.Schedule`); not
+            in the paper, whose rings are of one level.
 
     Raises:
         ValueError: a sequence that all ranks together do not hold, and what :mod:`gapless.schedule.inputs` refuses.
@@ -76,7 +85,7 @@ def plan(
     sizes, cluster = check_lengths(lengths), Cluster.of(ranks)
     limits = check_capacity(capacity, cluster.ranks)
     share = cost.resident_share(offload_limit(sizes, cost) if offload else np.zeros(len(sizes)))
-    name = f"bytescale(balance={balance!r}, method={method!r}, offload={offload})"
+    options = {"balance": balance, "method": method, "offload": offload, "two_level": two_level}
     if balance is None or method == "greedy":
         smallest = int(limits.min())
         check_holds(sizes, share, np.full(cluster.ranks, smallest))
@@ -86,12 +95,12 @@ def plan(
         )
         if balance is None:
             found = in_order(sizes, rings, smallest, cluster)
-            name = f"bytescale(balance=None, offload={offload})"
+            del options["method"]
         else:
             found = greedy(sizes, rings, smallest, cluster, cost, from_all=balance == "pp", delta=delta)
     else:
         check_holds(sizes, share, limits)
-        found = _search(sizes, share, limits, cluster, cost, pipelines=balance == "pp")
+        found = _search(sizes, share, limits, cluster, cost, pipelines=balance == "pp", two_level=two_level)
 
     def schedule(found: Plan) -> Schedule:
         pack_of, rank_offsets, ring_ranks, steps = found
@@ -105,17 +114,24 @@ def plan(
             capacity=limits,
             cluster=cluster,
             cost=cost,
-            planner=name,
+            two_level=two_level,
+            planner=f"bytescale({', '.join(f'{name}={value!r}' for name, value in options.items())})",
         )
 
     best = schedule(found)
-    if balance == "dp" and method == "search" and best.gap > ENOUGH:
-        for shared in _remainders(sizes, cluster):
+    if balance == "dp" and method == "search":
+        for shared in _remainders(sizes, cluster) if best.gap > ENOUGH else ():
             rest = np.setdiff1d(np.arange(len(sizes)), shared)
-            others = _search(sizes[rest], share[rest], limits, cluster, cost, pipelines=False)
+            others = _search(
+                sizes[rest], share[rest], limits, cluster, cost, pipelines=False, two_level=two_level
+            )
             joined = _shared_first(sizes, shared, rest, others, int(limits.min()), cluster.ranks)
             if joined is not None:
                 best = min(best, schedule(joined), key=lambda s: s.makespan)
+        if sizes.max(initial=0) <= limits.min() and len(sizes) <= MOST_SWAPPED:
+            whole = packing.plan(sizes, ranks=cluster, capacity=limits, cost=cost)
+            if whole.makespan < best.makespan:
+                best = replace(whole, two_level=two_level, planner=best.planner)
     return best
 
 
@@ -170,7 +186,14 @@ def _ratios(
 
 
 def _search(
-    lengths: Ints, share: Floats, limits: Ints, cluster: Cluster, cost: CostModel, *, pipelines: bool
+    lengths: Ints,
+    share: Floats,
+    limits: Ints,
+    cluster: Cluster,
+    cost: CostModel,
+    *,
+    pipelines: bool,
+    two_level: bool,
 ) -> Plan:
     """The first plan that meets a target close to its bound, or else the best of all tries.
 
@@ -186,7 +209,7 @@ def _search(
     # Each micro-batch costs its overhead; at least so many are needed.
     packs = max(len(limits), float((lengths * share).sum()) / limits.max()) if lengths.any() else 0
     even = float((attention + linear).sum() + cost.overhead * packs) / throughput.sum()
-    alone = _alone(lengths, share, limits, cluster, cost)
+    alone = _alone(lengths, share, limits, cluster, cost, two_level)
     best: tuple[Any, ...] | None = None
 
     def attempt(finish: float, longest: float) -> float:
@@ -204,6 +227,7 @@ def _search(
             node_token=handed / cost.node_bandwidth,
             network_token=handed / cost.network_bandwidth,
             hop=2 * cost.latency * cost.layers,
+            two_level=two_level,
             finish=finish,
             longest=longest,
         )
@@ -226,7 +250,9 @@ def _search(
     return best[1:]
 
 
-def _alone(lengths: Ints, share: Floats, limits: Ints, cluster: Cluster, cost: CostModel) -> float:
+def _alone(
+    lengths: Ints, share: Floats, limits: Ints, cluster: Cluster, cost: CostModel, two_level: bool
+) -> float:
     """Seconds that the longest sequence takes at least, on the ring that is best for it."""
     if not lengths.any():
         return 0.0
@@ -235,6 +261,8 @@ def _alone(lengths: Ints, share: Floats, limits: Ints, cluster: Cluster, cost: C
     fits = -(-lengths[i] // n) * share[i] <= limits.max() * (1 + 1e-9)
     fits &= n <= max(n[fits][0], lengths[i] // 2)  # each holds two chunks
     computing = cost.attention(cost.cells(lengths[i])) / n / cluster.throughputs.max()
-    ring = cost.ring(lengths[i], n, n > cluster.ranks_per_node) / cluster.stages_of.max()
+    across = n > cluster.ranks_per_node
+    width = np.where(two_level & across & (n % cluster.ranks_per_node == 0), cluster.ranks_per_node, n)
+    ring = cost.ring(lengths[i], n, across, width) / cluster.stages_of.max()
     rest = (cost.linear(lengths[i]) / n + cost.overhead) / cluster.throughputs.max()
     return float((np.maximum(computing, ring) + rest)[fits].min())

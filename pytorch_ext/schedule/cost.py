@@ -95,26 +95,40 @@ class CostModel:
         """Seconds of computing that whole sequences take, on however many ranks: forward and backward, all layers."""
         return self.attention(self.cells(lengths)) + self.linear(lengths)
 
-    def ring(self, tokens: ArrayLike, ranks: ArrayLike, across_nodes: ArrayLike = False) -> Floats:
+    def ring(
+        self,
+        tokens: ArrayLike,
+        ranks: ArrayLike,
+        across_nodes: ArrayLike = False,
+        width: ArrayLike | None = None,
+    ) -> Floats:
         """Seconds in which ``ranks`` ranks hand the keys and values of ``tokens`` tokens all around, all layers.
 
-        Each rank sends its share ``ranks - 1`` times forward, and ``backward_kv`` times as much backward.
+        Each rank sends its share ``ranks - 1`` times forward, and ``backward_kv`` times as much backward. With a
+        ``width`` below ``ranks``, most of that goes around so many ranks of a node, and only once each time from
+        every rank to the next node (:attr:`gapless.schedule.Schedule.widths`), both at the same time.
         """
         n = np.asarray(ranks, np.float64)
-        bandwidth = np.where(across_nodes, self.network_bandwidth, self.node_bandwidth)
-        share = np.asarray(tokens, np.float64) / n * self.kv_bytes
-        hops = np.maximum(n - 1, 0) * self.layers
-        return hops * (share * (1 + self.backward_kv) / bandwidth + 2 * self.latency)
+        w = n if width is None else np.asarray(width, np.float64)
+        share = np.asarray(tokens, np.float64) / n * (self.kv_bytes * (1 + self.backward_kv))
+        near, far = (share / b + 2 * self.latency for b in (self.node_bandwidth, self.network_bandwidth))
+        inner = np.where(np.asarray(across_nodes) & (w == n), far, near)
+        return self.layers * np.maximum(n / w * (w - 1) * inner, (n / w - 1) * far)
 
     def seconds(
-        self, tokens: ArrayLike, cells: ArrayLike, ranks: ArrayLike = 1, across_nodes: ArrayLike = False
+        self,
+        tokens: ArrayLike,
+        cells: ArrayLike,
+        ranks: ArrayLike = 1,
+        across_nodes: ArrayLike = False,
+        width: ArrayLike | None = None,
     ) -> Floats:
         """Seconds of one micro-batch of ``tokens`` and ``cells`` on each of its ``ranks``, the ring behind attention.
 
-        Forward and backward, all layers, with the overhead of one micro-batch.
+        Forward and backward, all layers, with the overhead of one micro-batch. See :meth:`ring` for the ring.
         """
         n = np.asarray(ranks, np.float64)
-        attention = np.maximum(self.attention(cells) / n, self.ring(tokens, n, across_nodes))
+        attention = np.maximum(self.attention(cells) / n, self.ring(tokens, n, across_nodes, width))
         return attention + self.linear(tokens) / n + self.overhead
 
     def activation(self, tokens: ArrayLike) -> Floats:

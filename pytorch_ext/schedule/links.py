@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long transfers between ranks take: one place for hops, rings, routed hops and moved tokens."""
+"""How long transfers between ranks take: one place for hops, rings and moved tokens."""
 
 from __future__ import annotations
 
@@ -20,33 +20,16 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
-def hop(
-    cost: CostModel,
-    size: ArrayLike,
-    across_nodes: ArrayLike,
-    *,
-    proxies: ArrayLike = 1,
-    contention: ArrayLike = 1.0,
-) -> Floats:
+def hop(cost: CostModel, size: ArrayLike, across_nodes: ArrayLike, *, contention: ArrayLike = 1.0) -> Floats:
     """Seconds in which ``size`` bytes go from one rank to another.
 
     Args:
         across_nodes: whether over the network, or over the links inside a node.
-        proxies: ranks of a node, the sender among them, that share one transfer over the network: see
-            :class:`gapless.schedule.remap.Route`.
         contention: transfers at the same time over each network card.
     """
-    size, k = np.asarray(size, np.float64), np.asarray(proxies, np.float64)
+    size = np.asarray(size, np.float64)
     card = np.asarray(contention, np.float64) / cost.network_bandwidth
-    outside = size * (2 * (k - 1) / k / cost.node_bandwidth + card / k) + np.where(k > 1, 3, 1) * cost.latency
-    return np.where(across_nodes, outside, size / cost.node_bandwidth + cost.latency)
-
-
-def _next_in_ring(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The entry of ``ring_ranks`` that each entry sends to."""
-    following = np.arange(1, offsets[-1] + 1)
-    following[offsets[1:] - 1] = offsets[:-1]
-    return following
+    return size * np.where(across_nodes, card, 1 / cost.node_bandwidth) + cost.latency
 
 
 def _together(steps: NDArray, ranks: NDArray, place: NDArray) -> Floats:
@@ -66,59 +49,49 @@ class Rings:
 
     Attributes:
         seconds: float64 [packs, 2], handing keys and values all around, all layers, forward and backward.
-        crosses: bool [entries of ring_ranks], whether what this rank sends goes over the network.
-        sent: float64 [entries], bytes that it sends, forward and backward, all layers.
+        bytes: sent over the links of nodes and over the network, forward and backward, all layers.
     """
 
     seconds: Floats
-    crosses: Bools
-    sent: Floats
+    bytes: dict[str, float]
 
 
-def rings(schedule: Schedule, *, routing: bool = False) -> Rings:
+def rings(schedule: Schedule) -> Rings:
     """The transfers of each pack alone, but with the network cards shared by the rings of its step."""
     s, cost, cluster = schedule, schedule.cost, schedule.cluster
-    n = s.ring_sizes
-    pack = np.repeat(np.arange(s.packs), n)
     if not s.packs:
-        return Rings(np.empty((0, 2)), np.empty(0, bool), np.empty(0))
-    source, target = s.ring_ranks, s.ring_ranks[_next_in_ring(s.rank_offsets)]
-    crosses = cluster.node_of(source) != cluster.node_of(target)
-    hops = np.maximum(n - 1, 0) * cost.layers
+        return Rings(np.empty((0, 2)), {"node": 0.0, "network": 0.0})
+    n, w = s.ring_sizes, s.widths
+    pack = np.repeat(np.arange(s.packs), n)
+    place = np.arange(len(pack)) - s.rank_offsets[pack]
+    source = s.ring_ranks
+    turn = place - place % w[pack]  # where the ranks begin that keys go around with
+    inner = s.ring_ranks[s.rank_offsets[pack] + turn + (place + 1 - turn) % w[pack]]
+    outer = s.ring_ranks[s.rank_offsets[pack] + (place + w[pack]) % n[pack]]
+    inside = cluster.node_of(source) == cluster.node_of(inner)
+    contention = np.ones(s.packs)
+    two = (w < n)[pack]
+    c, target = np.flatnonzero(~inside | two), np.where(two, outer, inner)
+    for ranks in (source[c], target[c]):
+        if len(c):
+            np.maximum.at(contention, pack[c], _together(s.steps[pack[c]], ranks, nic_of(ranks, cluster)))
+    # One hop of a ring is as slow as the slowest of its links; the two levels of a ring go on at the same time.
     share = s.pack_tokens / n * cost.kv_bytes
-    c = np.flatnonzero(crosses)
-    ends = [(s.steps[pack[c]], ranks[c]) for ranks in (source, target)]
-
-    def worst(together: list[Floats]) -> Floats:
-        out = np.ones(s.packs)
-        for count in together:
-            np.maximum.at(out, pack[c], count)
-        return out
-
-    # One hop of a ring is as slow as the slowest of its links; a ring that leaves its node is as slow as the network.
-    contention = worst([_together(step, rank, nic_of(rank, cluster)) for step, rank in ends if len(c)])
-    seconds = _ring(cost, share, s.across_nodes, hops, np.ones(s.packs), contention)
-    if routing and len(c):
-        proxies = np.full(s.packs, np.inf)
-        in_node = np.bincount(cluster.node_of(np.arange(cluster.ranks)))
-        for _, rank in ends:
-            np.minimum.at(proxies, pack[c], np.minimum(in_node[cluster.node_of(rank)], cluster.nics_per_node))
-        # Now each message is spread over all cards of its node, and so are the others.
-        contention = worst([_together(step, rank, cluster.node_of(rank)) for step, rank in ends])
-        routed = _ring(cost, share, s.across_nodes, hops, np.where(s.across_nodes, proxies, 1.0), contention)
-        seconds = np.where(routed.sum(1, keepdims=True) < seconds.sum(1, keepdims=True), routed, seconds)
-    sent = (hops * share * (1 + cost.backward_kv))[pack]
-    return Rings(seconds, crosses, sent)
-
-
-def _ring(
-    cost: CostModel, share: Floats, across: Bools, hops: NDArray, proxies: Floats, contention: Floats
-) -> Floats:
-    ways = [
-        hop(cost, share * factor, across, proxies=proxies, contention=contention)
-        for factor in (1.0, cost.backward_kv)
-    ]
-    return np.stack(ways, 1) * hops[:, None]
+    hops = n // w * (w - 1), n // w - 1
+    seconds = np.stack(
+        [
+            cost.layers
+            * np.maximum(
+                hops[0] * hop(cost, share * size, s.across_nodes & (w == n), contention=contention),
+                hops[1] * hop(cost, share * size, True, contention=contention),
+            )
+            for size in (1.0, cost.backward_kv)
+        ],
+        1,
+    )
+    sent = [(count * share * (cost.layers * (1 + cost.backward_kv)))[pack] for count in hops]
+    near = float(sent[0][inside].sum())
+    return Rings(seconds, {"node": near, "network": float(sent[0].sum() + sent[1].sum()) - near})
 
 
 @dataclass(frozen=True)

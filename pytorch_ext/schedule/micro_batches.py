@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Overlap = bool | Literal["micro-batch"]
+Overlap = bool | Literal["ring"]
 
 ATTENTION, LINEAR, NODE, NETWORK, HOST = range(5)
 KINDS = ("attention", "linear", "node", "network", "host")
@@ -102,7 +102,7 @@ def play_micro_batches(
     attention = cost.attention(s.pack_cells[pack]) / size / speed[batch]
     packed = np.bincount(batch, weights=attention, minlength=m)
     order = RingOrder(s, rings.seconds, pack, batch, attention, m)
-    played = order.beside() if overlap == "micro-batch" else order.in_order(hide=bool(overlap))
+    played = order.beside() if overlap is True else order.in_order(hide=overlap == "ring")
     end, waits = played.end, played.waits
 
     tied = connected(m, pack[size > 1], batch[size > 1])

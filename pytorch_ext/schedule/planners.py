@@ -14,7 +14,7 @@ PLANNERS: dict[str, tuple[str, dict, str]] = {
     "static-cp": ("static_cp", {}, "one grid of data x context parallel ranks for every batch"),
     "naive-hdp": (
         "bytescale",
-        {"balance": None},
+        {"balance": None, "two_level": False},
         "ByteScale's algorithm 1: as many ranks as a sequence needs",
     ),
     "hdp": ("bytescale", {"balance": "dp"}, "ByteScale's balanced hybrid data parallelism"),

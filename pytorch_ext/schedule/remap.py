@@ -13,8 +13,6 @@ rank sends as many as it can until then.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -172,65 +170,3 @@ def traffic(moves: ArrayLike, cluster: Cluster, cost: CostModel) -> float:
         cards = np.bincount(nic_of(end, cluster)[across], weights=seconds[across], minlength=1)
         most = max(most, ranks.max(), cards.max())
     return float(most)
-
-
-@dataclass(frozen=True)
-class Route:
-    """One message between nodes over several network cards: Zeppelin's routing layer.
-
-    The source hands parts of it to proxies, ranks of its node with cards of their own; all send at once to ranks of the
-    other node, which hand their parts to the destination.
-
-    Attributes:
-        source, destination: ranks of two nodes.
-        senders, receivers: ranks, as many of each, the source and the destination among them.
-    """
-
-    source: int
-    destination: int
-    senders: tuple[int, ...]
-    receivers: tuple[int, ...]
-
-    def split(self, tokens: int) -> Ints:
-        """int64 [senders], tokens of each part: they differ by one at most."""
-        parts = len(self.senders)
-        return np.diff(np.arange(parts + 1) * tokens // parts)
-
-    def parts(self, size: float, cost: CostModel) -> tuple[float, float, float]:
-        """Seconds to dispatch, transfer and combine ``size`` bytes."""
-        n = len(self.senders)
-        if n == 1:
-            return 0.0, size / cost.network_bandwidth + cost.latency, 0.0
-        local = size * (n - 1) / n / cost.node_bandwidth + cost.latency
-        return local, size / n / cost.network_bandwidth + cost.latency, local
-
-    def seconds(self, size: float, cost: CostModel) -> float:
-        """Seconds of a message of ``size`` bytes; without proxies they would be ``size / network_bandwidth``."""
-        return sum(self.parts(size, cost))
-
-
-def routes(source: int, destination: int, cluster: Cluster) -> Route:
-    """The route of a message between two nodes over all the cards that both have.
-
-    Raises ValueError if both ranks are on one node, or one of them is none of the cluster's.
-    """
-    for name, rank in (("source", source), ("destination", destination)):
-        if not 0 <= rank < cluster.ranks:
-            raise ValueError(f"{name} is {rank}: it has to be between 0 and {cluster.ranks - 1}")
-    if source // cluster.ranks_per_node == destination // cluster.ranks_per_node:
-        raise ValueError(
-            f"ranks {source} and {destination} are on one node: there is no network between them"
-        )
-    ends = [_with_cards(rank, cluster) for rank in (source, destination)]
-    count = min(map(len, ends))
-    senders, receivers = (tuple(sorted(ranks[:count])) for ranks in ends)
-    return Route(source, destination, senders, receivers)
-
-
-def _with_cards(rank: int, cluster: Cluster) -> list[int]:
-    """``rank``, then one rank for each other card of its node."""
-    first = rank // cluster.ranks_per_node * cluster.ranks_per_node
-    ranks = np.arange(first, min(first + cluster.ranks_per_node, cluster.ranks))
-    card = nic_of(ranks, cluster)
-    _, at = np.unique(card, return_index=True)
-    return [rank, *(int(ranks[i]) for i in at if card[i] != card[rank - first])]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of the packs of micro-batches: each rank takes its packs in order, and each ring waits for its members."""
+"""Attention of the packs of micro-batches: rings take turns, or come one after another and wait for their members."""
 
 from __future__ import annotations
 

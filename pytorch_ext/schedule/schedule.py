@@ -47,6 +47,9 @@ class Schedule:
             packs that share a micro-batch share the ratio.
         capacity: int64 [ranks], most tokens whose activations a rank holds at once.
         cluster, cost: what it was planned for.
+        two_level: whether rings that have equally many ranks on each of their nodes are of two levels: keys go around
+            each node, while every rank hands its own on to the next node, over its own network card (see ``widths``).
+            Otherwise one ring goes through all ranks, and over one card of each node.
         moves: int64 [m, 4], rows (step, source, destination, tokens): tokens that change rank between attention and
             the linear modules and go back after them (Zeppelin's remapping); no rows: none do.
         planner: name of the planner and its options, for reports.
@@ -65,6 +68,7 @@ class Schedule:
     capacity: Ints
     cluster: Cluster
     cost: CostModel
+    two_level: bool = False
     moves: Ints = field(default_factory=_no_moves)
     planner: str = ""
 
@@ -112,6 +116,24 @@ class Schedule:
     def ring_sizes(self) -> Ints:
         """int64 [packs], ranks of each pack."""
         return np.diff(self.rank_offsets)
+
+    @cached_property
+    def widths(self) -> Ints:
+        """int64 [packs], ranks of a ring among which keys go around before each hands its own to the next so many.
+
+        The whole ring, or the ranks of one node in a ring of two levels (LoongTrain's, arXiv:2406.18485).
+        """
+        if not self.two_level or not self.packs:
+            return self.ring_sizes
+        node = self.cluster.node_of(self.ring_ranks)
+        begins = np.ones(len(node), bool)
+        begins[1:] = node[1:] != node[:-1]
+        begins[self.rank_offsets[:-1]] = True
+        runs = np.add.reduceat(begins.astype(np.int64), self.rank_offsets[:-1])
+        size = np.diff(np.flatnonzero(begins), append=len(node))
+        first = np.cumsum(runs) - runs
+        even = np.maximum.reduceat(size, first) == np.minimum.reduceat(size, first)
+        return np.where(even, self.ring_sizes // runs, self.ring_sizes)
 
     @cached_property
     def sequence_order(self) -> Ints:
@@ -163,7 +185,7 @@ class Schedule:
         ring, sequences = self.ring(pack), self.sequences(pack)
         if rank not in ring:
             raise ValueError(f"rank {rank} has no part in pack {pack}: its ranks are {list(ring)}")
-        return Shard(pack, ring, ring.index(rank), sequences, self.lengths[sequences])
+        return Shard(pack, ring, ring.index(rank), sequences, self.lengths[sequences], int(self.widths[pack]))
 
     @cached_property
     def _packs_of_ranks(self) -> tuple[Ints, Ints]:
@@ -230,6 +252,7 @@ class Schedule:
             self.ring_ranks,
             self.steps,
             self.offload,
+            self.widths,
             self.moves,
         ):
             hashed.update(str(array.shape).encode())
@@ -254,6 +277,7 @@ def schedule_of(
     ranks: int | Cluster,
     capacity: ArrayLike,
     cost: CostModel,
+    two_level: bool = False,
     planner: str = "",
     moves: ArrayLike | None = None,
 ) -> Schedule:
@@ -285,6 +309,7 @@ def schedule_of(
         capacity=check_capacity(capacity, cluster.ranks),
         cluster=cluster,
         cost=cost,
+        two_level=two_level,
         moves=_no_moves() if moves is None else np.asarray(moves, np.int64).reshape(-1, 4),
         planner=planner,
     )

@@ -53,6 +53,7 @@ class Shard:
         index: this rank's place in it.
         sequences: int64 [m], numbers of the pack's sequences, ascending.
         lengths: int64 [m].
+        width: ranks of the ring that keys go around before they go on to the next so many; all, or those of a node.
     """
 
     pack: int
@@ -60,6 +61,7 @@ class Shard:
     index: int
     sequences: Ints
     lengths: Ints
+    width: int
 
     @cached_property
     def first(self) -> Ints:

@@ -76,25 +76,23 @@ def simulate(
     *,
     overlap: Overlap = True,
     host_overlap: bool = True,
-    routing: bool = False,
     gradient_bytes: float = 0.0,
     spans: bool = False,
 ) -> Timeline:
     """Play ``schedule`` on its cluster.
 
-    A rank runs the packs of a step in ascending order, layer by layer: attention of each, then the rest of the layer
-    for all of them. A ring goes as fast as its slowest member, and its transfers share network cards with the other
-    rings of the step. Ranks that rings of one step connect, directly or through others, begin that step together and
-    end it together: each of its many layers ties them. A step with moved tokens ties all its ranks, twice a layer.
-    Pipelines run one-forward-one-backward, and a ring over pipelines ties its members at each stage; steps in which a
-    rank has nothing take no time.
+    A step goes layer by layer: attention of all packs that a rank has in it, then the rest of the layer for all of
+    them. A ring goes as fast as its slowest member, and its transfers share network cards with the other rings of the
+    step. Ranks that rings of one step connect, directly or through others, begin that step together and end it
+    together: each of its many layers ties them. A step with moved tokens ties all its ranks, twice a layer. Pipelines
+    run one-forward-one-backward, and a ring over pipelines ties its members at each stage; steps in which a rank has
+    nothing take no time.
 
     Args:
-        overlap: whether keys and values are under way while attention is computed. True: those of a ring hide behind
-            its own attention. ``"micro-batch"``: behind all attention of the micro-batch, as a rank that starts its
-            slow rings first can do (Zeppelin's attention engine). False: nothing hides.
+        overlap: what hides keys and values that are under way. True: all attention of the micro-batch, since rings take
+            their rounds in turn (:mod:`gapless.distributed.ring`; Zeppelin's attention engine). ``"ring"``: attention
+            of their own ring, and a rank takes one ring after another, in the order of packs. False: nothing does.
         host_overlap: whether offloaded activations go to the host while the micro-batch is computed.
-        routing: whether a ring that leaves its node spreads each hop over the network cards of its members there.
         gradient_bytes: of one rank; reduced once by a ring over all ranks after the last micro-batch. 0: not counted.
         spans: whether to keep what there is to draw.
 
@@ -102,11 +100,11 @@ def simulate(
         ValueError: ``overlap`` is none of these, ``gradient_bytes`` is negative, or a ring joins pipelines of different
             numbers of stages.
     """
-    if overlap not in (True, False, "micro-batch"):
-        raise ValueError(f"overlap is {overlap!r}: it has to be True, False or 'micro-batch'")
+    if overlap not in (True, False, "ring"):
+        raise ValueError(f"overlap is {overlap!r}: it has to be True, False or 'ring'")
     if not 0 <= gradient_bytes < float("inf"):
         raise ValueError(f"gradient_bytes is {gradient_bytes}: it has to be finite and at least 0")
-    rings, moves = links.rings(schedule, routing=routing), links.moves(schedule)
+    rings, moves = links.rings(schedule), links.moves(schedule)
     batches = play_micro_batches(
         schedule, rings, moves, overlap=overlap, host_overlap=host_overlap, parts=spans
     )
@@ -127,12 +125,8 @@ def simulate(
     waits["end"] = last - played.finish
     kind = "network" if schedule.cluster.nodes > 1 else "node"
     waits[kind] = waits[kind] + reduction
-    crosses = rings.crosses
-    moved = {
-        "node": moves.bytes["node"] + reduced["node"] + float(rings.sent[~crosses].sum()),
-        "network": moves.bytes["network"] + reduced["network"] + float(rings.sent[crosses].sum()),
-        "host": batches.host_bytes,
-    }
+    moved = {k: moves.bytes[k] + reduced[k] + rings.bytes[k] for k in ("node", "network")}
+    moved["host"] = batches.host_bytes
     drawn = _spans(batches, played.begin) if spans else None
     return Timeline(last + reduction, busy, {reason: waits[reason] for reason in WAITS}, moved, drawn)
 

@@ -21,6 +21,7 @@ def plan(
     cost: CostModel,
     cp: int | None = None,
     context: int | None = None,
+    two_level: bool = False,
 ) -> Schedule:
     """Every sequence, long or short, is cut over the ``cp`` ranks of one replica.
 
@@ -30,6 +31,7 @@ def plan(
     Args:
         cp: ranks of a replica; has to divide the ranks. None: the fewest that hold ``context`` tokens.
         context: the longest sequence that training allows; None: the longest of this batch.
+        two_level: see :class:`gapless.schedule.Schedule`.
 
     Raises:
         ValueError: a ``cp`` that does not divide the ranks, or a sequence that does not fit.
@@ -66,5 +68,6 @@ def plan(
         capacity=limits,
         cluster=cluster,
         cost=cost,
-        planner=f"static_cp(cp={cp})",
+        two_level=two_level,
+        planner=f"static_cp(cp={cp}{', two_level' if two_level else ''})",
     )

@@ -36,13 +36,13 @@ _MORE_STEPS = (1.0, 1.5, 2.0)  # locked steps, over the fewest that hold all tok
 _ENOUGH = 1.005  # times the lower bound: no further search
 
 
-def zones(cost: CostModel, cluster: Cluster, routing: bool = False) -> tuple[int, int]:
+def zones(cost: CostModel, cluster: Cluster, two_level: bool = False) -> tuple[int, int]:
     """(local_max, intra_max): the longest sequence that stays whole, and the longest that stays inside a node.
 
     Above them, attention of a ring of two ranks takes as long as its transfers or longer: over a link of a node, and
     over the network. Whatever is too long for the ranks' capacity is shared all the same.
     """
-    links = _Links.of(cost, cluster, routing)
+    links = _Links.of(cost, cluster, two_level)
     return links.zone(cost, links.near), max(links.zone(cost, links.near), links.zone(cost, links.far))
 
 
@@ -53,15 +53,18 @@ class _Links:
     near: float
     far: float
     hop: float
+    two_level: bool
 
     @staticmethod
-    def of(cost: CostModel, cluster: Cluster, routing: bool) -> _Links:
+    def of(cost: CostModel, cluster: Cluster, two_level: bool) -> _Links:
         size = cost.kv_bytes * (1 + cost.backward_kv) * cost.layers
         far = 1 / cost.network_bandwidth
-        if routing:
+        if (
+            two_level
+        ):  # each rank of a node takes every n-th hop over the network, on a card that others may share
             n = min(cluster.nics_per_node, cluster.ranks_per_node)
-            far = min(far, far / n + 2 * (n - 1) / n / cost.node_bandwidth)
-        return _Links(size / cost.node_bandwidth, size * far, 2 * cost.layers * cost.latency)
+            far = max(far / n, 1 / cost.node_bandwidth)
+        return _Links(size / cost.node_bandwidth, size * far, 2 * cost.layers * cost.latency, two_level)
 
     def zone(self, cost: CostModel, transfer: float) -> int:
         """The longest sequence whose attention two ranks cannot hide their transfers behind."""
@@ -96,7 +99,7 @@ def plan(
     capacity: ArrayLike,
     cost: CostModel,
     remap: bool = True,
-    routing: bool = False,
+    two_level: bool = True,
 ) -> Schedule:
     """A schedule in Zeppelin's manner.
 
@@ -106,7 +109,8 @@ def plan(
         capacity: most tokens of a rank in one step, one number or one for each rank.
         cost: of the model and the machine.
         remap: whether tokens may change rank between attention and linear modules, where that makes a schedule shorter.
-        routing: whether messages between nodes use all network cards: more sequences are then worth sharing.
+        two_level: whether rings over whole nodes use all their network cards, so that more sequences are worth sharing
+            (:class:`gapless.schedule.Schedule`): what the paper routes messages for, without copies.
 
     Raises:
         ValueError: bad lengths or capacity, or a sequence too long for all ranks together, with what would do.
@@ -124,13 +128,15 @@ def plan(
     order = order[sizes[order] > 0]
     steps: list[_Step] = []
     if len(order):
-        filler = _Filler(sizes, cluster, room, cost, _Links.of(cost, cluster, routing))
+        filler = _Filler(sizes, cluster, room, cost, _Links.of(cost, cluster, two_level))
         seconds, steps = filler.free(order)
         if remap and seconds > _ENOUGH * filler.bound:
             locked_seconds, locked = filler.locked(order)
             if locked_seconds < seconds:
                 steps = locked
-    return _schedule(sizes, steps, cluster, room, cost, f"zeppelin(remap={remap}, routing={routing})")
+    return _schedule(
+        sizes, steps, cluster, room, cost, two_level, f"zeppelin(remap={remap}, two_level={two_level})"
+    )
 
 
 class _Filler:
@@ -161,6 +167,7 @@ class _Filler:
             far=self.links.far,
             hop=self.links.hop,
             overhead=self.cost.overhead,
+            whole_nodes=self.links.two_level,
             piece=share * average or np.inf,
             level=level,
             fullness=fullness * average,
@@ -291,7 +298,13 @@ def _merge(offsets: Ints, ranks: Ints, cluster: Cluster) -> tuple[Ints, Ints, In
 
 
 def _schedule(
-    sizes: Ints, steps: list[_Step], cluster: Cluster, room: Ints, cost: CostModel, planner: str
+    sizes: Ints,
+    steps: list[_Step],
+    cluster: Cluster,
+    room: Ints,
+    cost: CostModel,
+    two_level: bool,
+    planner: str,
 ) -> Schedule:
     pack_of = np.zeros(len(sizes), np.int64)  # sequences without tokens are in the first pack
     ring_sizes, ring_ranks, numbers = (
@@ -324,6 +337,7 @@ def _schedule(
         capacity=room,
         cluster=cluster,
         cost=cost,
+        two_level=two_level,
         moves=np.concatenate(moves),
         planner=planner,
     )

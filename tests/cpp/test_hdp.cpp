@@ -87,6 +87,24 @@ void pipelines_drain() {
     CHECK(plan.makespan == 200 + 3 * 100);
 }
 
+void whole_nodes_spare_the_network() {
+    // 120^2 seconds of attention; handing all tokens on once takes none in a node, 3600 seconds between
+    // nodes.
+    const auto plan = [](bool two_level, int64_t ranks) {
+        Problem problem({120}, std::vector<int64_t>(ranks, 15));
+        problem.ranks.network_token = 30;
+        problem.ranks.two_level = two_level;
+        return problem.plan({1300, 1300});
+    };
+    // Twelve ranks bring attention to 1200 seconds. Eleven hops between nodes take 3300; of two levels, two
+    // take 600.
+    const HdpPlan two = plan(true, 12);
+    CHECK(ring(two, 0).size() == 12 && two.finish == 1200);
+    CHECK(plan(false, 12).finish > 3000);
+    CHECK(plan(true, 11).finish == 1800);  // the third node is not whole: two nodes of four
+    CHECK(ring(plan(true, 11), 0).size() == 8);
+}
+
 void edges() {
     CHECK(Problem({}, {5}).plan({1, 1}).steps.empty());
     const HdpPlan empty = Problem({0, 0}, {5, 5}).plan({1, 1});
@@ -110,6 +128,7 @@ int main() {
     small_ranks_are_left_out();
     steps_of_a_rank_differ();
     pipelines_drain();
+    whole_nodes_spare_the_network();
     edges();
     return result();
 }
