@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every planner against the shortest schedule there is, on stored small batches.
+"""Every planner against the shortest schedule with one pack in a micro-batch, on stored small batches.
+
+Zeppelin's plans, which put several packs into one and move tokens around attention, may be shorter.
 
 ``python -m gapless.bench.schedule_optimum`` solves the cases anew and writes the file that :func:`regrets` reads.
 """
@@ -24,7 +26,7 @@ WHOLE_PLANNERS = ("multifit", "karmarkar-karp", "lpt")  # of sequences that are 
 OFFLOADING = ("naive-hdp", "hdp")
 
 # A 7B model's layer at 400 TFLOP/s; links at three speeds: rings that cost nothing, something, a lot.
-_LAYER = {"cell": 4.1e-11, "token": 1.0e-6, "layers": 32, "kv_bytes": 16384.0}
+_LAYER = {"cell": 4.1e-11, "token": 1.0e-6, "layers": 32, "kv_bytes": 16384.0, "hidden_bytes": 8192.0}
 COSTS = {
     "fast links": CostModel(**_LAYER, fixed=1e-5, node_bandwidth=2e11, latency=5e-6),
     "slow links": CostModel(**_LAYER, fixed=1e-5, node_bandwidth=1e10, latency=2e-5),
@@ -107,6 +109,7 @@ def regrets(
                 "planner": name,
                 "cases": len(found),
                 "optimal": sum(r < 1e-9 for r, _ in found),
+                "best_regret": min(found)[0],
                 "mean_regret": fmean(r for r, _ in found),
                 "worst_regret": worst,
                 "worst_case": at,

@@ -59,14 +59,16 @@ def decided_by_one(schedule: Schedule) -> bool:
     if not longest:
         return False
     cost, ranks = schedule.cost, np.arange(1, schedule.ranks + 1)
-    across = ranks > schedule.cluster.ranks_per_node
-    alone = cost.seconds(longest, float(cost.cells(longest)), ranks, across)
+    node = schedule.cluster.ranks_per_node
+    across = ranks > node
+    width = np.where(schedule.two_level & across & (ranks % node == 0), node, ranks)
+    alone = cost.seconds(longest, float(cost.cells(longest)), ranks, across, width)
     return bool(alone.min() > schedule.lower_bound)
 
 
 def planning(tell: Tell) -> Iterator[Row]:
     """Seconds of planning 32M tokens, on one core, and their share of the step that they plan."""
-    cost = CostModel.published("bytescale")
+    cost = CostModel.published("bytescale-gpu")
     for trace in ("byted", "github"):
         batch = _batch(trace, traces.GLOBAL_BATCH)
         for ranks in RANKS:
@@ -80,7 +82,7 @@ def planning(tell: Tell) -> Iterator[Row]:
 
 def balance(tell: Tell) -> Iterator[Row]:
     """How far every planner's makespan is above the lower bound, on the large traces."""
-    cost = CostModel.published("bytescale")
+    cost = CostModel.published("bytescale-gpu")
     for trace, context, ranks in product(("byted", "github"), (CONTEXT // 8, CONTEXT), RANKS):
         # Tokens in proportion to the ranks, as in practice: 32K a rank.
         batch = _batch(trace, 32768 * ranks, context)
@@ -117,7 +119,7 @@ PEERS = (
 
 def peers(tell: Tell) -> Iterator[Row]:
     """All planners on all shared traces, at equal caps."""
-    cost = CostModel.published("bytescale")
+    cost = CostModel.published("bytescale-gpu")
     for trace, tokens, context, ranks, capacity in PEER_CASES:
         batch = _batch(trace, tokens, context)
         case = f"{trace}, {tokens // 2**20}M tokens, {context // 1024}K context, {ranks} ranks of {capacity // 1024}K"

@@ -72,7 +72,7 @@ def plan(
     capacity: Annotated[int, typer.Option(help="Tokens whose activations a rank holds.", min=1)] = 8192,
     cost: Annotated[
         str, typer.Option(help="A published model, or a file of `gapless calibrate`.")
-    ] = "bytescale",
+    ] = "bytescale-gpu",
     model: Annotated[
         str | None, typer.Option(help="In place of --cost: demo, llama-7b, llama-8b, or a config.json.")
     ] = None,
