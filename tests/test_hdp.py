@@ -15,8 +15,10 @@ from gapless.distributed.gradients import sum_gradients
 from gapless.distributed.hdp import HDP
 from gapless.distributed.losses import from_sequences
 from gapless.distributed.rows import Rows, rows_of
-from gapless.schedule import Cluster, CostModel, MicroBatch, Pack, Schedule, schedule_of
+from gapless.schedule import Cluster, CostModel, MicroBatch, Pack, Schedule, hydraulis, schedule_of
+from gapless.schedule.hydraulis import Replica, Strategy
 from gapless.schedule.planners import PLANNERS, planner
+from gapless.schedule.wlb import WlbPacker
 from gapless.testing import assert_within_budget
 from gapless.testing.processes import shared
 
@@ -245,9 +247,10 @@ def test_losses_and_gradients_are_those_of_one_process(kind, options):
         assert [told[at][3] > 0 for told in ranks] == [True] * RANKS
 
 
-WHOLE = ("multifit", "karmarkar-karp", "lpt")  # planners that never share a sequence
+WHOLE = ("multifit", "karmarkar-karp", "lpt", "hydraulis", "wlb")  # planners that never share a sequence
+STRATEGIES = [Strategy((Replica(20),) * RANKS), Strategy((Replica(26, tp=2), *[Replica(20)] * (RANKS - 1)))]
 LINKS = COST.replace(
-    kv_bytes=64.0, hidden_bytes=128.0, node_bandwidth=1e8, network_bandwidth=1e7, host_bandwidth=1e8
+    kv_bytes=64.0, hidden_bytes=1.0, node_bandwidth=1e8, network_bandwidth=1e7, host_bandwidth=1e8
 )
 
 
@@ -257,6 +260,13 @@ def planned(name: str, seed: int) -> Schedule:
     longest = 20 if name in WHOLE else 64
     lengths = np.clip(rng.lognormal(2.0, 1.2, int(rng.integers(1, 14))), 0, longest).astype(int)
     cluster = Cluster(RANKS, ranks_per_node=2, nics_per_node=1)
+    if name == "hydraulis":
+        return hydraulis.plan(lengths, strategies=STRATEGIES, cost=LINKS)
+    if name == "wlb":
+        packer = WlbPacker(
+            ranks=cluster, capacity=20, cost=LINKS, micro_batches=4, levels=[21]
+        )  # nothing waits
+        return packer.next(lengths).schedule
     return planner(name)(lengths, ranks=cluster, capacity=20, cost=LINKS)
 
 
@@ -264,8 +274,14 @@ def planned(name: str, seed: int) -> Schedule:
     "seeds", [range(1), pytest.param(range(1, 50), marks=pytest.mark.thorough)], ids=["some", "all"]
 )
 def test_every_planner_trains_as_one_process(seeds):
-    schedules = {f"{name}, batch {seed}": planned(name, seed) for name in PLANNERS for seed in seeds}
-    assert any(len(s.moves) for s in schedules.values()) or len(seeds) == 1
+    schedules = {
+        f"{name}, batch {seed}": planned(name, seed)
+        for name in (*PLANNERS, "hydraulis", "wlb")
+        for seed in seeds
+    }
+    if len(seeds) > 1:
+        assert sum(len(s.moves) > 0 for s in schedules.values()) >= 20
+        assert sum((s.widths < s.ring_sizes).any() for s in schedules.values()) >= 20
     assert sum(int(s.ring_sizes.max(initial=1)) > 1 for s in schedules.values()) >= len(seeds)
     ranks = shared(RANKS).run(on_ranks, "plain", {}, schedules, timeout=PATIENCE * len(seeds))
     assert_as_in_one_process("plain", schedules, ranks)
