@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,22 +31,18 @@ class Settings:
     planner: str = "hdp"
     ranks: int = 4
     steps: int = 3
-    tokens: int = 16384  # of a global batch
-    capacity: int = 2048  # tokens of a rank
+    tokens: int = 24576  # of a global batch
+    capacity: int = 6144  # tokens of a rank
+    context: int = 12288  # tokens of the longest sequences
     joined: float = 0.5  # share of the corpus's tokens in files that are joined to the longest sequences
-    max_bytes: int = 1536  # of the other files
-    hidden: int = 256
+    max_bytes: int = 3072  # of the other files
+    hidden: int = 128
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     dtype: str = "float32"
     seed: int = 0
     cost: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def context(self) -> int:
-        """Tokens of the longest sequences: what all ranks together hold."""
-        return self.ranks * self.capacity
 
 
 def texts(settings: Settings) -> list[Tensor]:
@@ -82,9 +79,19 @@ def sampler(sequences: list[Tensor], settings: Settings) -> ScheduleSampler:
     )
 
 
+def pin(rank: int, ranks: int) -> None:
+    """A rank is a device of its own, so it gets its share of the cores and no other rank's, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        first = rank * len(cores) // ranks
+        os.sched_setaffinity(0, cores[first : max((rank + 1) * len(cores) // ranks, first + 1)])
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Train on this rank; returns what it measured: a list of ``steps``, and the memory of the whole run."""
     alone = settings.planner == "one"
+    if not alone:
+        pin(dist.get_rank(), settings.ranks)
     torch.set_num_threads(1)
     shape = train.Settings(
         "packed",

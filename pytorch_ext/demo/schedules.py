@@ -21,7 +21,9 @@ from gapless.schedule import ModelShape
 from gapless.testing.processes import Processes
 
 PLANNERS = ("static-cp", "naive-hdp", "hdp", "zeppelin")
-QUICK = Settings(steps=2, tokens=1200, capacity=128, max_bytes=200, hidden=32, layers=2, heads=4, kv_heads=2)
+QUICK = Settings(
+    steps=2, tokens=1200, capacity=128, context=512, max_bytes=200, hidden=32, layers=2, heads=4, kv_heads=2
+)
 TIMEOUT = 600.0  # seconds that one planner's run may take
 
 
@@ -92,7 +94,8 @@ def run(
     lengths = [len(text) for text in ranks.texts(base)]
     console.print(
         f"{len(lengths)} texts of the standard library, {min(lengths)} to {max(lengths)} bytes; "
-        f"{base.tokens} tokens a step, {base.ranks} processes of {base.capacity} tokens each",
+        f"{base.tokens} tokens a step, {base.ranks} processes of {base.capacity} tokens each, "
+        "on cores of their own",
         highlight=False,
     )
     runs: dict[str, list[dict[str, Any]]] = {}
