@@ -28,6 +28,7 @@ from gapless.schedule.cluster import Cluster
 from gapless.schedule.cost import CostModel
 from gapless.schedule.inputs import check_capacity, check_lengths
 from gapless.schedule.offloading import check_holds, needed, offload_limit, ring_sizes
+from gapless.schedule.regroup import regroup
 from gapless.schedule.schedule import Schedule
 
 Ints = NDArray[np.int64]
@@ -36,6 +37,8 @@ Floats = NDArray[np.float64]
 ENOUGH = 0.005  # over the lower bound: what is left is not worth looking for
 MOST_SHARED = 3  # sequences a rank that are tried as shared ones
 FEW = 32  # sequences a rank: of more of them, whole ones come out even
+MOST_REGROUPED = 32  # packs
+STARTS = 8  # plans from which packs are regrouped
 MOST_SWAPPED = (
     2**14
 )  # sequences among which whole ones are swapped until ranks are even: a second of planning
@@ -119,19 +122,24 @@ def plan(
         )
 
     best = schedule(found)
-    if balance == "dp" and method == "search":
-        for shared in _remainders(sizes, cluster) if best.gap > ENOUGH else ():
-            rest = np.setdiff1d(np.arange(len(sizes)), shared)
-            others = _search(
-                sizes[rest], share[rest], limits, cluster, cost, pipelines=False, two_level=two_level
-            )
-            joined = _shared_first(sizes, shared, rest, others, int(limits.min()), cluster.ranks)
-            if joined is not None:
-                best = min(best, schedule(joined), key=lambda s: s.makespan)
-        if sizes.max(initial=0) <= limits.min() and len(sizes) <= MOST_SWAPPED:
-            whole = packing.plan(sizes, ranks=cluster, capacity=limits, cost=cost)
-            if whole.makespan < best.makespan:
-                best = replace(whole, two_level=two_level, planner=best.planner)
+    if balance != "dp" or method != "search":
+        return best
+    plans = [best]
+    for shared in _remainders(sizes, cluster) if best.gap > ENOUGH else ():
+        rest = np.setdiff1d(np.arange(len(sizes)), shared)
+        others = _search(
+            sizes[rest], share[rest], limits, cluster, cost, pipelines=False, two_level=two_level
+        )
+        joined = _shared_first(sizes, shared, rest, others, int(limits.min()), cluster.ranks)
+        if joined is not None:
+            plans.append(schedule(joined))
+    if sizes.max(initial=0) <= limits.min() and len(sizes) <= MOST_SWAPPED:
+        whole = packing.plan(sizes, ranks=cluster, capacity=limits, cost=cost)
+        plans.append(replace(whole, two_level=two_level, planner=best.planner))
+    best = min(plans, key=lambda s: s.makespan)
+    if cluster.nodes == 1 and cluster.stages_of.max() == 1 and best.gap > ENOUGH:
+        plans = sorted((s for s in plans if s.packs <= MOST_REGROUPED), key=lambda s: s.makespan)[:STARTS]
+        best = min([best, *map(regroup, plans)], key=lambda s: s.makespan)
     return best
 
 
