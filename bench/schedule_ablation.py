@@ -44,18 +44,10 @@ SPEEDUP = {
     ("byted", "balanced, search"): 3.69,
     ("byted", "balanced, algorithm 2, offload"): 3.69,
     ("github", "naive-hdp"): 4.56,
-    ("byted", "balanced, search, two levels"): 3.69,
     ("github", "balanced, search"): 7.89,
-    ("github", "balanced, search, two levels"): 7.89,
     ("github", "balanced, algorithm 2, offload"): 7.89,
 }
-LOSS = {
-    BASELINE: 2.0,
-    "naive-hdp": 1.23,
-    "balanced, search": 1.08,
-    "balanced, search, two levels": 1.08,
-    BOUND: 1.08,
-}
+LOSS = {BASELINE: 2.0, "naive-hdp": 1.23, "balanced, search": 1.08}
 
 
 def run(

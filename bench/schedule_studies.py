@@ -59,10 +59,9 @@ def decided_by_one(schedule: Schedule) -> bool:
     if not longest:
         return False
     cost, ranks = schedule.cost, np.arange(1, schedule.ranks + 1)
-    node = schedule.cluster.ranks_per_node
-    across = ranks > node
-    width = np.where(schedule.two_level & across & (ranks % node == 0), node, ranks)
-    alone = cost.seconds(longest, float(cost.cells(longest)), ranks, across, width)
+    cluster = schedule.cluster
+    across, width = ranks > cluster.ranks_per_node, cluster.widths(ranks, schedule.two_level)
+    alone = cost.seconds(longest, float(cost.cells(longest)), ranks, across, width, cluster.sharing)
     return bool(alone.min() > schedule.lower_bound)
 
 
@@ -112,6 +111,7 @@ PEERS = (
     "dynamic-cp",
     "hybrid-cp",
     "static-cp",
+    "hdp, one level",
     "hdp",
     "zeppelin",
 )
@@ -134,7 +134,9 @@ def peers(tell: Tell) -> Iterator[Row]:
 
 def _peer(name: str, batch: NDArray[np.int64], ranks: int, capacity: int, cost: CostModel) -> Schedule:
     if name != "wlb":
-        return planner(name)(batch, ranks=ranks, capacity=capacity, cost=cost)
+        name, flat, _ = name.partition(", one level")
+        options = {"two_level": False} if flat else {}
+        return planner(name)(batch, ranks=ranks, capacity=capacity, cost=cost, **options)
     from gapless.schedule.wlb import WlbPacker
 
     # Nothing may wait for a later batch here: as few micro-batches as carry nothing over.

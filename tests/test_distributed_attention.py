@@ -52,9 +52,10 @@ class Case:
     dlse: bool = True
     seed: int = 0
     per_node: int = RANKS  # below the number of ranks, rings even over nodes are of two levels
+    ranks: int = RANKS
 
     def schedule(self) -> Schedule:
-        cluster = Cluster(RANKS, ranks_per_node=self.per_node)
+        cluster = Cluster(self.ranks, ranks_per_node=self.per_node)
         return schedule_of(self.lengths, self.packs, ranks=cluster, capacity=10**6, cost=COST, two_level=True)
 
     def batch(self) -> Batch:
@@ -131,7 +132,7 @@ def assemble(case: Case, parts: list[tuple[torch.Tensor, Results]]) -> Results:
 
 
 def check(cases: list[Case]) -> None:
-    by_rank = shared(RANKS).run(attend_cases, cases)
+    by_rank = shared(cases[0].ranks).run(attend_cases, cases)
     for i, case in enumerate(cases):
         slopes, sinks = case.side()
         oracle, witness = oracle_and_witness(
@@ -265,6 +266,14 @@ def random_case(seed: int) -> Case:
 
 def test_named_cases():
     check(list(NAMED.values()))
+
+
+def test_two_nodes_of_three():
+    # With two places, the next and the one before are the same.
+    ring = {"lengths": MIXED, "packs": [Pack([0, 1, 2], range(6), 0)], "per_node": 3, "ranks": 6}
+    options = [CAUSAL, {}, {"window": (9, 0)}, {"window": (2, 30)}]
+    check([Case(**ring, options=how, sinks=not how) for how in options])
+    check([Case(**{**ring, "per_node": 2}, options=how) for how in options])
 
 
 @pytest.mark.parametrize(
@@ -441,7 +450,7 @@ def check_messages(plans: dict[tuple[int, int], RingPlan]) -> None:
                 assert count(round_.outward) == outward
                 at_home = peers[round_.member].round(turn, hop)
                 assert at_home.finder == mine and count(round_.homeward) == count(at_home.arriving)
-                assert turn == hop == 0 or hop == 0 or onward + count(round_.homeward) == round_.rows
+                assert hop == 0 or onward + count(round_.homeward) == round_.rows
 
 
 def test_a_window_stops_keys_that_nobody_sees():

@@ -35,7 +35,7 @@ def hidden(cost, lengths, across):
 @pytest.mark.parametrize("latency", [0.0, 5e-6])
 def test_zones_against_brute_force(kv_bytes, latency):
     cost = COST.replace(kv_bytes=kv_bytes, latency=latency, node_bandwidth=400e9)
-    local, intra = zeppelin.zones(cost, Cluster(16))
+    local, intra = zeppelin.zones(cost, Cluster(16), two_level=False)
     assert 0 < local <= intra
     for limit, across in ((local, False), (intra, True)):
         lengths = np.arange(1, 400_000)
@@ -54,7 +54,7 @@ def test_zones_at_the_extremes():
 
 def test_rings_of_two_levels_let_shorter_sequences_leave_their_node():
     cluster = Cluster(16)
-    assert zeppelin.zones(COST, cluster, two_level=True)[1] < zeppelin.zones(COST, cluster)[1]
+    assert zeppelin.zones(COST, cluster)[1] < zeppelin.zones(COST, cluster, two_level=False)[1]
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -86,6 +86,19 @@ def test_plans_are_certified_and_the_same_again(sizes, cluster, capacity, remap,
         assert len(sizes_of)  # steps that nobody takes are none
         place = 2 * schedule.across_nodes[schedule.steps == step] + (sizes_of > 1)
         assert (np.diff(place) <= 0).all()  # between nodes first, whole sequences last
+
+
+@pytest.mark.parametrize("ranks", [16, 20, 28])
+def test_a_node_that_is_not_whole_makes_no_plan_longer(ranks):
+    # A ring of two whole nodes, or of one level over all ranks: never one of two levels that is none.
+    slow = COST.replace(network_bandwidth=2e9)
+    for longest in (50_000, 100_000, 150_000):
+        sizes = np.append(np.full(40, 500), longest)
+        made = {
+            two_level: plan(sizes, Cluster(ranks), 20_000, slow, remap=False, two_level=two_level)
+            for two_level in (False, True)
+        }
+        assert made[True].makespan <= made[False].makespan * 1.02
 
 
 @settings(deadline=None, max_examples=30)
@@ -122,14 +135,14 @@ def test_one_rank_takes_step_after_step():
 
 def test_local_sequences_stay_whole_and_intra_node_ones_stay_in_a_node():
     cluster = Cluster(16)
-    local, intra = zeppelin.zones(COST, cluster)
+    local, intra = zeppelin.zones(COST, cluster, two_level=False)
     rng = np.random.default_rng(0)
     sizes = np.concatenate([rng.integers(1, local + 1, 200), rng.integers(local + 1, intra + 1, 60)])
-    schedule = plan(sizes, cluster, 4 * intra)
+    schedule = plan(sizes, cluster, 4 * intra, two_level=False)
     alone = schedule.ring_sizes[schedule.pack_of] == 1
     assert alone[sizes <= local].all()
     assert not schedule.across_nodes.any()
-    one = plan([*sizes.tolist(), 20 * intra], cluster, 4 * intra)
+    one = plan([*sizes.tolist(), 20 * intra], cluster, 4 * intra, two_level=False)
     assert one.across_nodes[one.pack_of[-1]]
 
 

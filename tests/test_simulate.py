@@ -173,9 +173,12 @@ def test_transfers_hide_or_do_not():
     cost = PAIRS.replace(kv_bytes=1.0, node_bandwidth=0.25, backward_kv=0.0)
     # A: 10 pairs over 2 ranks, 2 tokens each: 5 seconds and 8 of transfer; then 15 seconds alone.
     s = plan([4, 5, 5], [Pack([0], [0, 1], 0), Pack([1], [0], 0), Pack([2], [1], 0)], 2, cost)
-    assert s.makespan == pytest.approx(5 + 15)
-    assert simulate(s, overlap="ring").makespan == pytest.approx(8 + 15)
+    assert s.makespan == simulate(s, overlap="ring").makespan == pytest.approx(8 + 15)
     assert simulate(s, overlap=False).makespan == pytest.approx(5 + 8 + 15)
+    # Rings in turn hide each other's transfers: 8 and 40 seconds behind 5 and 105.
+    rings = plan([4, 20], [Pack([0], [0, 1], 0), Pack([1], [0, 1], 0)], 2, cost)
+    assert rings.makespan == pytest.approx(5 + 105)
+    assert simulate(rings, overlap="ring").makespan == pytest.approx(8 + 105)
     lone = plan([4], [Pack([0], [0, 1], 0)], 2, cost)
     assert lone.makespan == pytest.approx(8)
     assert lone.timeline.waits["node"].tolist() == [pytest.approx(3)] * 2

@@ -136,12 +136,12 @@ std::tuple<double, bool, Array<uint32_t>, Array<uint32_t>> exact_schedule(const 
 py::tuple hdp_plan(const Array<int64_t>& lengths, const Array<double>& attention, const Array<double>& linear,
                    const Array<double>& resident, const Array<int64_t>& capacity,
                    const Array<double>& throughput, const Array<int64_t>& stages, int64_t ranks_per_node,
-                   double overhead, double node_token, double network_token, double hop, bool two_level,
-                   double finish, double longest) {
+                   double overhead, double node_token, double network_token, int64_t sharing, double hop,
+                   bool two_level, double finish, double longest) {
     const gapless::plan::HdpSequences sequences{view(lengths), view(attention), view(linear), view(resident)};
-    const gapless::plan::HdpRanks ranks{view(capacity), view(throughput), view(stages),  ranks_per_node,
-                                        overhead,       node_token,       network_token, hop,
-                                        two_level};
+    const gapless::plan::HdpRanks ranks{
+        view(capacity), view(throughput), view(stages), ranks_per_node, overhead, node_token,
+        network_token,  sharing,          hop,          two_level};
     gapless::plan::HdpPlan plan;
     {
         const py::gil_scoped_release unlocked;
@@ -154,12 +154,12 @@ py::tuple hdp_plan(const Array<int64_t>& lengths, const Array<double>& attention
 
 py::tuple zone_plan(const Array<int64_t>& lengths, const Array<double>& attention,
                     const Array<int64_t>& capacity, const Array<double>& speed, int64_t ranks_per_node,
-                    double token, double near, double far, double hop, double overhead, bool whole_nodes,
-                    double piece, double level, double fullness, int64_t most_steps) {
+                    double token, double near, double far, double outer, double hop, double overhead,
+                    bool whole_nodes, double piece, double level, double fullness, int64_t most_steps) {
     const auto tokens = view(lengths);
     const auto seconds = view(attention);
-    const gapless::plan::ZoneRanks ranks{view(capacity), view(speed), ranks_per_node, token, near, far, hop,
-                                         overhead,       whole_nodes};
+    const gapless::plan::ZoneRanks ranks{view(capacity), view(speed), ranks_per_node, token,      near, far,
+                                         outer,          hop,         overhead,       whole_nodes};
     gapless::plan::ZonePlan plan;
     {
         const py::gil_scoped_release unlocked;
@@ -196,11 +196,11 @@ PYBIND11_MODULE(_planner, m) {
           py::arg("linear").noconvert(), py::arg("resident").noconvert(), py::arg("capacity").noconvert(),
           py::arg("throughput").noconvert(), py::arg("stages").noconvert(), py::kw_only(),
           py::arg("ranks_per_node"), py::arg("overhead"), py::arg("node_token"), py::arg("network_token"),
-          py::arg("hop"), py::arg("two_level"), py::arg("finish"), py::arg("longest"));
+          py::arg("sharing"), py::arg("hop"), py::arg("two_level"), py::arg("finish"), py::arg("longest"));
     m.def("zone_plan", &zone_plan, py::arg("lengths").noconvert(), py::arg("attention").noconvert(),
           py::arg("capacity").noconvert(), py::arg("speed").noconvert(), py::kw_only(),
-          py::arg("ranks_per_node"), py::arg("token"), py::arg("near"), py::arg("far"), py::arg("hop"),
-          py::arg("overhead"), py::arg("whole_nodes"), py::arg("piece"), py::arg("level"),
+          py::arg("ranks_per_node"), py::arg("token"), py::arg("near"), py::arg("far"), py::arg("outer"),
+          py::arg("hop"), py::arg("overhead"), py::arg("whole_nodes"), py::arg("piece"), py::arg("level"),
           py::arg("fullness"), py::arg("most_steps"));
     m.def("hidden_ranks", &gapless::plan::hidden_ranks, py::arg("attention"), py::arg("transfer"),
           py::arg("hop"), py::arg("most"));

@@ -172,8 +172,9 @@ class Planner {
         const double near = share * ranks_.node_token + ranks_.hop,
                      far = share * ranks_.network_token + ranks_.hop;
         const double inner = across && width == size ? far : near;
+        const double outer = share * ranks_.network_token * static_cast<double>(ranks_.sharing) + ranks_.hop;
         const double ring =
-            std::max(n / w * (w - 1) * inner, (n / w - 1) * far) / static_cast<double>(pool.stages);
+            std::max(n / w * (w - 1) * inner, (n / w - 1) * outer) / static_cast<double>(pool.stages);
         return std::max(sequences_.attention[i] / n / pool.throughput, ring) +
                (sequences_.linear[i] / n + ranks_.overhead) / pool.throughput;
     }

@@ -26,6 +26,7 @@ struct HdpRanks {
     double overhead = 0;       ///< seconds of a micro-batch whatever is in it
     double node_token = 0;     ///< seconds in which one token is handed on inside a node, there and back
     double network_token = 0;  ///< the same between nodes
+    int64_t sharing = 1;       ///< ranks of a node that send over one network card
     double hop = 0;            ///< seconds of the messages of one hop
     bool two_level =
         false;  ///< rings even over nodes: around each node, and from every rank to the next node

@@ -87,6 +87,9 @@ struct Node {
     int64_t room = 0, most_room = 0;         // of the fullest and of the emptiest rank
 };
 
+/// Where the ranks of a ring are.
+enum class Spread { node, nodes, any };
+
 class Filler {
   public:
     Filler(const ZoneRanks& ranks, const ZoneGoal& goal)
@@ -112,12 +115,15 @@ class Filler {
         if (needed > count_) return false;
         const double tokens = static_cast<double>(length), work = attention + tokens * r_.token;
         const int64_t inside = hidden_ranks(attention, tokens * r_.near, r_.hop, node_size_);
-        const int64_t across = hidden_ranks(attention, tokens * r_.far, r_.hop, count_);
+        const double hop =
+            r_.whole_nodes ? std::max(r_.near, r_.outer / static_cast<double>(node_size_)) : r_.far;
+        const int64_t across = hidden_ranks(attention, tokens * hop, r_.hop, count_);
         const double wanted = std::ceil(work / goal_.piece);
         int64_t want = wanted < static_cast<double>(count_) ? static_cast<int64_t>(wanted) : count_;
         if (want > inside) want = std::max(inside, std::min(want, across));
         want = std::max(std::max<int64_t>(want, 1), needed);
-        // More ranks than transfers hide behind would wait for them: only if there is no other way.
+        // More ranks than transfers hide behind would wait for them: only if there is no other way, or to
+        // make nodes whole.
         if (!few(want, forced_ ? node_size_ : std::max(inside, needed), length, attention, ring) &&
             !many(want, forced_ ? count_ : std::max(across, needed), length, attention, ring) &&
             !(forced_ && any(length, ring)))
@@ -181,10 +187,12 @@ class Filler {
         }
     }
 
-    /// Seconds of a sequence on each of `count` ranks.
-    double seconds(int64_t length, double attention, int64_t count, bool across, double speed = 1) const {
+    /// Seconds of a sequence on each of `count` ranks: of one node, of any, or all ranks of some nodes.
+    double seconds(int64_t length, double attention, int64_t count, Spread spread, double speed = 1) const {
         const double n = static_cast<double>(count), tokens = static_cast<double>(length) / n;
-        const double transfer = (n - 1) * (tokens * (across ? r_.far : r_.near) + r_.hop);
+        const double w = spread == Spread::nodes ? static_cast<double>(node_size_) : n;
+        const double inner = tokens * (spread == Spread::any ? r_.far : r_.near) + r_.hop;
+        const double transfer = std::max(n / w * (w - 1) * inner, (n / w - 1) * (tokens * r_.outer + r_.hop));
         return std::max(attention / n / speed, transfer) + tokens * r_.token / speed;
     }
 
@@ -192,7 +200,7 @@ class Filler {
     bool few(int64_t count, int64_t most, int64_t length, double attention, Ring& ring) {
         if (count == 1) {
             const int64_t r = tree_.find(length);
-            if (r >= 0 && load(r) + seconds(length, attention, 1, false, r_.speed[r]) <= level_) {
+            if (r >= 0 && load(r) + seconds(length, attention, 1, Spread::node, r_.speed[r]) <= level_) {
                 ring.assign(1, r);
                 return true;
             }
@@ -200,7 +208,7 @@ class Filler {
         }
         for (; count <= std::min(most, node_size_); ++count) {
             const int64_t share = ceil_div(length, count);
-            const double latest = level_ - seconds(length, attention, count, false);
+            const double latest = level_ - seconds(length, attention, count, Spread::node);
             double least = kNever;
             const Node* best = nullptr;
             for (const Node& node : nodes_) {
@@ -236,13 +244,15 @@ class Filler {
         if (r_.whole_nodes) count = whole(count), most = whole(most);
         while (count <= most) {
             const int64_t share = ceil_div(length, count);
-            const double latest = level_ - seconds(length, attention, count, true);
+            const bool even = r_.whole_nodes && count % node_size_ == 0;
+            const double latest =
+                level_ - seconds(length, attention, count, even ? Spread::nodes : Spread::any);
             order_.clear();
             int64_t found = 0;
             for (size_t n = 0; n < nodes_.size(); ++n) {
                 const Node& node = nodes_[n];
                 if (node.room < share || node.latest > latest) continue;
-                if (count % node_size_ == 0 && node.end - node.begin < node_size_ && r_.whole_nodes) continue;
+                if (even && node.end - node.begin < node_size_) continue;
                 order_.emplace_back(node.most, n);
                 found += node.end - node.begin;
             }
@@ -265,8 +275,21 @@ class Filler {
         return false;
     }
 
-    /// So many ranks, and as many more as make nodes whole.
-    int64_t whole(int64_t count) const { return std::min(ceil_div(count, node_size_) * node_size_, count_); }
+    /// So many ranks, and as many more as make nodes whole; all ranks if there are not so many whole nodes.
+    int64_t whole(int64_t count) const {
+        const int64_t up = ceil_div(count, node_size_) * node_size_;
+        return up <= count_ ? up : count_;
+    }
+
+    Spread spread(const Ring& ring) const {
+        const auto node = [&](size_t i) { return ring[i] / r_.ranks_per_node; };
+        if (node(0) == node(ring.size() - 1)) return Spread::node;
+        const auto size = static_cast<size_t>(node_size_);
+        if (!r_.whole_nodes || ring.size() % size) return Spread::any;
+        for (size_t i = 0; i < ring.size(); i += size)
+            if (node(i) != node(i + size - 1)) return Spread::any;
+        return Spread::nodes;
+    }
 
     /// As few ranks as have room, wherever they are.
     bool any(int64_t length, Ring& ring) {
@@ -284,7 +307,7 @@ class Filler {
 
     void add(const Ring& ring, int64_t length, double attention) {
         const auto count = static_cast<int64_t>(ring.size());
-        const bool across = ring.front() / r_.ranks_per_node != ring.back() / r_.ranks_per_node;
+        const Spread across = spread(ring);
         if (count > 1) {
             ties_.join(ring);
             // They begin together.

@@ -17,9 +17,10 @@ struct ZoneRanks {
     double token = 0;  // seconds of linear modules for a token, if they are balanced together with attention
     double near = 0;   // seconds in which a token's keys and values pass a link inside a node
     double far = 0;    // and between nodes
+    double outer = 0;  // the same where all ranks of a node send at once
     double hop = 0;    // of latency, for each hop of a ring
     double overhead = 0;       // of each micro-batch
-    bool whole_nodes = false;  // rings over several nodes take all ranks of each
+    bool whole_nodes = false;  // rings over several nodes take all ranks of each, and are of two levels
 };
 
 /// What to aim at.

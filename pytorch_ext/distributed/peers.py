@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages between two ranks of the one process group, and what is said when one does not come.
 
-Every rank posts its exchanges in one order that all ranks share (steps, then layers, then rounds, then packs), and each
+Every rank posts its exchanges in one order that all ranks share (steps, then layers, then rounds, then rings), and each
 exchange needs only such of its peers as come no later in that order. So no rank can wait for one that waits for it,
 on gloo, whose messages are independent, and on NCCL, which runs the batches of a rank one after another.
 """

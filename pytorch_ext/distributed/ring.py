@@ -9,6 +9,7 @@ are under way, and those of all other rings of the micro-batch, too.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gapless.distributed.peers import GRADIENTS, HOME, KEYS, OUTER, Exchange, Message, tag_of
-from gapless.distributed.ring_plan import Ring, RingPlan, Round
+from gapless.distributed.ring_plan import NOTHING, Ring, RingPlan, Round
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ class _Traveller:
     def _message(self, rows: Tensor, rank: int, kind: int) -> Message:
         return Message(rows, rank, tag_of(self._ring.shard.pack, kind))
 
-    def _from(self, turns: int, hops: int) -> int:
+    def _peer(self, turns: int, hops: int) -> int:
+        """The rank so many groups on, and so many places on around the group there."""
         return self._ring.rank(self._place, turns, hops)
 
 
@@ -229,36 +231,41 @@ class _Keys(_Traveller):
         return self._at_hand.new_empty(rows, *self._at_hand.shape[1:])
 
     def _go_on(self, round_: Round) -> None:
-        """Send on what is at hand: to the neighbour for the next hop, and once to the next group for the next turn."""
-        self._coming = self._room(self._next_hop(round_))
-        self._hop = self._post(
-            round_,
-            [self._message(self._at_hand[round_.onward], self._from(0, 1), KEYS)],
-            [self._message(self._coming, self._from(0, -1), KEYS)],
-        )
+        """Send on what is at hand, and a share of what was at hand on this turn's first hop for the next turn."""
         if round_.hop == 0:
             turn = round_.turn + 1
-            self._next = self._room(self._ring.round(turn, 0).rows if turn < self._turns else 0)
-            self._turn = self._post(
-                round_,
-                [self._message(self._at_hand[round_.outward], self._from(1, 0), OUTER)],
-                [self._message(self._next, self._from(-1, 0), OUTER)],
-            )
+            self._leaving = self._at_hand[round_.outward]
+            self._of_next_turn = self._room(self._ring.round(turn, 0).rows if turn < self._turns else 0)
+        self._of_next_hop = self._room(self._next_hop(round_))
+        self._exchange = self._post(
+            round_,
+            [
+                self._message(self._at_hand[round_.onward], self._peer(0, 1), KEYS),
+                self._message(self._share(self._leaving, round_), self._peer(1, 0), OUTER),
+            ],
+            [
+                self._message(self._of_next_hop, self._peer(0, -1), KEYS),
+                self._message(self._share(self._of_next_turn, round_), self._peer(-1, 0), OUTER),
+            ],
+        )
+
+    def _share(self, rows: Tensor, round_: Round) -> Tensor:
+        """One for each hop: so both levels are under way all the time, even where messages go one after another."""
+        begin, end = (i * len(rows) // self._width for i in (round_.hop, round_.hop + 1))
+        return rows[begin:end]
 
     def take(self, round_: Round) -> Tensor:
         """The keys of this round; those of the next are under way from now on."""
         if round_.turn or round_.hop:
-            before = [self._hop] if round_.hop else [self._hop, self._turn]
-            before[-1].receive()
-            self._at_hand = self._coming if round_.hop else self._next
+            before = self._exchange
+            before.receive()
+            self._at_hand = self._of_next_hop if round_.hop else self._of_next_turn
             self._go_on(round_)
-            for exchange in before:
-                exchange.finish()
+            before.finish()
         return self._at_hand
 
     def finish(self) -> None:
-        self._hop.finish()
-        self._turn.finish()
+        self._exchange.finish()
 
 
 class _Gradients(_Traveller):
@@ -268,8 +275,10 @@ class _Gradients(_Traveller):
 
     def __init__(self, plan: RingPlan, ring: Ring, group: dist.ProcessGroup | None, home: Tensor) -> None:
         super().__init__(plan, ring, group)
-        self._home = self._coming = home  # of this rank's own keys
+        self._home = home  # of this rank's own keys
         self._exchange: Exchange | None = None
+        self._coming = home[NOTHING]
+        self._homeward: deque[tuple[Exchange, slice, Tensor]] = deque()
 
     def begin(self, round_: Round) -> Tensor:
         """Where the gradients of the keys at hand are added up."""
@@ -282,27 +291,34 @@ class _Gradients(_Traveller):
         if round_.member == self._place:
             return
         if self._exchange is not None:
-            self.finish()
+            self._exchange.finish()
             if round_.hop:
                 part += self._coming
         self._coming = part.new_empty(self._next_hop(round_), *part.shape[1:])
-        self._arriving = round_.arriving
-        self._arrived = torch.empty_like(self._home[round_.arriving])
-        ranks = self._ring.shard.ranks
         self._exchange = self._post(
             round_,
-            [
-                self._message(part[round_.onward], self._from(0, 1), GRADIENTS),
-                self._message(part[round_.homeward], ranks[round_.member], HOME),
-            ],
-            [
-                self._message(self._coming, self._from(0, -1), GRADIENTS),
-                self._message(self._arrived, ranks[round_.finder], HOME),
-            ],
+            [self._message(part[round_.onward], self._peer(0, 1), GRADIENTS)],
+            [self._message(self._coming, self._peer(0, -1), GRADIENTS)],
         )
+        # Home is far for all but the first group, so there is a whole turn for the way; the copy lets go of the rest.
+        while len(self._homeward) >= self._width:
+            self._take_home()
+        ranks, arrived = self._ring.shard.ranks, torch.empty_like(self._home[round_.arriving])
+        exchange = self._post(
+            round_,
+            [self._message(part[round_.homeward].clone(), ranks[round_.member], HOME)],
+            [self._message(arrived, ranks[round_.finder], HOME)],
+        )
+        self._homeward.append((exchange, round_.arriving, arrived))
+
+    def _take_home(self) -> None:
+        exchange, rows, arrived = self._homeward.popleft()
+        exchange.finish()
+        self._home[rows] += arrived
 
     def finish(self) -> None:
         """Wait for what is under way; what has come home is added."""
         if self._exchange is not None:
             self._exchange.finish()
-            self._home[self._arriving] += self._arrived
+        while self._homeward:
+            self._take_home()

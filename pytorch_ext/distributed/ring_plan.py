@@ -4,7 +4,7 @@
 The N places of a ring are groups of ``width`` neighbours: all of them, or the ranks of one node. A round is a pair
 (turn, hop). In each turn every rank has the keys that the rank at its own place ``turn`` groups before had in the first
 one; from hop to hop they go around its group, while they are already on their way to the next group for the next turn.
-So in round r, the rank at place p of group a has the keys of place ``(p - hop) mod width`` of group
+So the rank at place p of group a then has the keys of place ``(p - hop) mod width`` of group
 ``(a - turn) mod groups``. Each of the two chunks there travels on only while a rank to come sees it, and the gradient
 that a group finds for it is summed around that group and goes home from the last rank there that sees it.
 """
@@ -78,7 +78,7 @@ class RingPlan:
         window: (left, right), with causal folded in.
         own: every chunk on its own keys: whole sequences of packs of one rank, and the diagonals of rings.
         own_sequences: int64 [chunks], which sequence of the micro-batch each of ``own`` is part of.
-        rings: the widest first, whose way is the longest, so that the others' work hides it (Zeppelin,
+        rings: those of most ranks first, whose way is the longest, so that the others' work hides it (Zeppelin,
             arXiv:2509.21841, section 4); the order is the same for all members.
         sequences: of the micro-batch, with those that have no tokens here.
     """

@@ -234,6 +234,7 @@ def _search(
             overhead=cost.overhead,
             node_token=handed / cost.node_bandwidth,
             network_token=handed / cost.network_bandwidth,
+            sharing=cluster.sharing,
             hop=2 * cost.latency * cost.layers,
             two_level=two_level,
             finish=finish,
@@ -270,7 +271,7 @@ def _alone(
     fits &= n <= max(n[fits][0], lengths[i] // 2)  # each holds two chunks
     computing = cost.attention(cost.cells(lengths[i])) / n / cluster.throughputs.max()
     across = n > cluster.ranks_per_node
-    width = np.where(two_level & across & (n % cluster.ranks_per_node == 0), cluster.ranks_per_node, n)
-    ring = cost.ring(lengths[i], n, across, width) / cluster.stages_of.max()
+    width = cluster.widths(n, two_level)
+    ring = cost.ring(lengths[i], n, across, width, cluster.sharing) / cluster.stages_of.max()
     rest = (cost.linear(lengths[i]) / n + cost.overhead) / cluster.throughputs.max()
     return float((np.maximum(computing, ring) + rest)[fits].min())

@@ -75,6 +75,17 @@ class Cluster:
         """float64 [ranks], how much each does in a second with all its stages busy, relative to the cost model."""
         return self.speeds * self.stages_of
 
+    @property
+    def sharing(self) -> int:
+        """Ranks of a node that share a network card."""
+        return -(-self.ranks_per_node // min(self.nics_per_node, self.ranks_per_node))
+
+    def widths(self, ranks: ArrayLike, two_level: bool) -> NDArray[np.int64]:
+        """``Schedule.widths`` of rings of so many ranks on as few nodes as hold them: those of a node, or all."""
+        n = np.asarray(ranks, np.int64)
+        node = self.ranks_per_node
+        return np.where(two_level & (n > node) & (n % node == 0), node, n)
+
     def node_of(self, ranks: ArrayLike) -> NDArray[np.int64]:
         """The node of each rank."""
         return np.asarray(ranks, np.int64) // self.ranks_per_node

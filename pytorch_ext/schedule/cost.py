@@ -101,19 +101,22 @@ class CostModel:
         ranks: ArrayLike,
         across_nodes: ArrayLike = False,
         width: ArrayLike | None = None,
+        sharing: int = 1,
     ) -> Floats:
         """Seconds in which ``ranks`` ranks hand the keys and values of ``tokens`` tokens all around, all layers.
 
         Each rank sends its share ``ranks - 1`` times forward, and ``backward_kv`` times as much backward. With a
         ``width`` below ``ranks``, most of that goes around so many ranks of a node, and only once each time from
-        every rank to the next node (:attr:`gapless.schedule.Schedule.widths`), both at the same time.
+        every rank to the next node (:attr:`gapless.schedule.Schedule.widths`), both at the same time; ``sharing`` ranks
+        of a node then send over one network card.
         """
         n = np.asarray(ranks, np.float64)
         w = n if width is None else np.asarray(width, np.float64)
         share = np.asarray(tokens, np.float64) / n * (self.kv_bytes * (1 + self.backward_kv))
         near, far = (share / b + 2 * self.latency for b in (self.node_bandwidth, self.network_bandwidth))
         inner = np.where(np.asarray(across_nodes) & (w == n), far, near)
-        return self.layers * np.maximum(n / w * (w - 1) * inner, (n / w - 1) * far)
+        outer = share * sharing / self.network_bandwidth + 2 * self.latency
+        return self.layers * np.maximum(n / w * (w - 1) * inner, (n / w - 1) * outer)
 
     def seconds(
         self,
@@ -122,13 +125,14 @@ class CostModel:
         ranks: ArrayLike = 1,
         across_nodes: ArrayLike = False,
         width: ArrayLike | None = None,
+        sharing: int = 1,
     ) -> Floats:
         """Seconds of one micro-batch of ``tokens`` and ``cells`` on each of its ``ranks``, the ring behind attention.
 
         Forward and backward, all layers, with the overhead of one micro-batch. See :meth:`ring` for the ring.
         """
         n = np.asarray(ranks, np.float64)
-        attention = np.maximum(self.attention(cells) / n, self.ring(tokens, n, across_nodes, width))
+        attention = np.maximum(self.attention(cells) / n, self.ring(tokens, n, across_nodes, width, sharing))
         return attention + self.linear(tokens) / n + self.overhead
 
     def activation(self, tokens: ArrayLike) -> Floats:

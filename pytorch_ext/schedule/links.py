@@ -49,10 +49,12 @@ class Rings:
 
     Attributes:
         seconds: float64 [packs, 2], handing keys and values all around, all layers, forward and backward.
+        network: bool [packs], whether the network takes longest, and not the links of nodes.
         bytes: sent over the links of nodes and over the network, forward and backward, all layers.
     """
 
     seconds: Floats
+    network: Bools
     bytes: dict[str, float]
 
 
@@ -60,38 +62,42 @@ def rings(schedule: Schedule) -> Rings:
     """The transfers of each pack alone, but with the network cards shared by the rings of its step."""
     s, cost, cluster = schedule, schedule.cost, schedule.cluster
     if not s.packs:
-        return Rings(np.empty((0, 2)), {"node": 0.0, "network": 0.0})
+        return Rings(np.empty((0, 2)), np.empty(0, bool), {"node": 0.0, "network": 0.0})
     n, w = s.ring_sizes, s.widths
     pack = np.repeat(np.arange(s.packs), n)
     place = np.arange(len(pack)) - s.rank_offsets[pack]
     source = s.ring_ranks
-    turn = place - place % w[pack]  # where the ranks begin that keys go around with
-    inner = s.ring_ranks[s.rank_offsets[pack] + turn + (place + 1 - turn) % w[pack]]
+    first = place - place % w[pack]  # of the ranks that keys go around
+    inner = s.ring_ranks[s.rank_offsets[pack] + first + (place + 1 - first) % w[pack]]
     outer = s.ring_ranks[s.rank_offsets[pack] + (place + w[pack]) % n[pack]]
-    inside = cluster.node_of(source) == cluster.node_of(inner)
-    contention = np.ones(s.packs)
+    inner_far, outer_far = (cluster.node_of(source) != cluster.node_of(target) for target in (inner, outer))
     two = (w < n)[pack]
-    c, target = np.flatnonzero(~inside | two), np.where(two, outer, inner)
+    contention = np.ones(s.packs)
+    c, target = np.flatnonzero(np.where(two, outer_far, inner_far)), np.where(two, outer, inner)
     for ranks in (source[c], target[c]):
         if len(c):
             np.maximum.at(contention, pack[c], _together(s.steps[pack[c]], ranks, nic_of(ranks, cluster)))
     # One hop of a ring is as slow as the slowest of its links; the two levels of a ring go on at the same time.
     share = s.pack_tokens / n * cost.kv_bytes
     hops = n // w * (w - 1), n // w - 1
-    seconds = np.stack(
+    flat = s.across_nodes & (w == n)
+    levels = [
         [
-            cost.layers
-            * np.maximum(
-                hops[0] * hop(cost, share * size, s.across_nodes & (w == n), contention=contention),
-                hops[1] * hop(cost, share * size, True, contention=contention),
-            )
+            cost.layers * count * hop(cost, share * size, far, contention=contention)
             for size in (1.0, cost.backward_kv)
-        ],
-        1,
-    )
+        ]
+        for count, far in zip(hops, (flat, True), strict=True)
+    ]
+    near, far = (np.stack(level, 1) for level in levels)
     sent = [(count * share * (cost.layers * (1 + cost.backward_kv)))[pack] for count in hops]
-    near = float(sent[0][inside].sum())
-    return Rings(seconds, {"node": near, "network": float(sent[0].sum() + sent[1].sum()) - near})
+    network = sum(
+        float(part[crosses].sum()) for part, crosses in zip(sent, (inner_far, outer_far), strict=True)
+    )
+    return Rings(
+        np.maximum(near, far),
+        flat | (far > near).any(1),
+        {"node": float(sent[0].sum() + sent[1].sum()) - network, "network": network},
+    )
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def play_micro_batches(
     tokens: Floats = np.bincount(batch, weights=s.pack_tokens[pack] / size, minlength=m).astype(np.float64)
     attention = cost.attention(s.pack_cells[pack]) / size / speed[batch]
     packed = np.bincount(batch, weights=attention, minlength=m)
-    order = RingOrder(s, rings.seconds, pack, batch, attention, m)
+    order = RingOrder(s, rings, pack, batch, attention, m)
     played = order.beside() if overlap is True else order.in_order(hide=overlap == "ring")
     end, waits = played.end, played.waits
 
@@ -137,7 +137,7 @@ def play_micro_batches(
     table = None
     if parts:
         whole = np.full(m, -1)
-        late = np.where(s.across_nodes[order.pack], NETWORK, NODE) if s.packs else order.pack
+        late = np.where(rings.network[order.pack], NETWORK, NODE) if s.packs else order.pack
         begin, late_begin, late_end = played.parts()
         rows = (
             (order.batch, order.pack, ATTENTION, begin, begin + order.time),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from gapless.schedule.links import Rings
     from gapless.schedule.schedule import Schedule
 
 Floats = NDArray[np.float64]
@@ -52,13 +53,13 @@ class RingOrder:
     """
 
     def __init__(
-        self, s: Schedule, transfer: Floats, pack: Ints, batch: Ints, attention: Floats, batches: int
+        self, s: Schedule, rings: Rings, pack: Ints, batch: Ints, attention: Floats, batches: int
     ) -> None:
         order = np.lexsort((pack, batch))
         self.pack, self.batch, self.batches, self.packs = pack[order], batch[order], batches, s.packs
         forward = np.array([1.0, s.cost.backward_cell]) / (1 + s.cost.backward_cell)
         self.time = attention[order, None] * forward
-        self.transfer, self.across = transfer, s.across_nodes
+        self.transfer, self.network = rings.seconds, rings.network
         alone = s.ring_sizes[self.pack] == 1
         first = np.searchsorted(self.batch, np.arange(batches + 1))
         # One-rank packs wait for nobody: lump[e] is all attention of those before entry e.
@@ -76,7 +77,9 @@ class RingOrder:
         self.members = np.argsort(self.pack[self.ring], kind="stable")
         self.bounds = np.searchsorted(self.pack[self.ring][self.members], np.arange(s.packs + 1))
         self.slowest = (
-            np.maximum.reduceat(attention, s.rank_offsets[:-1])[:, None] * forward if s.packs else transfer
+            np.maximum.reduceat(attention, s.rank_offsets[:-1])[:, None] * forward
+            if s.packs
+            else rings.seconds
         )
 
     def in_order(self, hide: bool) -> Played:
@@ -90,7 +93,7 @@ class RingOrder:
             pack, batch = self.pack[self.ring], self.batch[self.ring]
             came = before + self._end_of(end, self.previous)
             peers = begin[pack] - came + self.slowest[pack] - self.time[self.ring]
-            late, across = (seconds - self.slowest)[pack].sum(1), self.across[pack]
+            late, across = (seconds - self.slowest)[pack].sum(1), self.network[pack]
             waits["peers"] = self._total(batch, peers.sum(1))
             waits["node"] = self._total(batch, np.where(across, 0.0, late))
             waits["network"] = self._total(batch, np.where(across, late, 0.0))
@@ -114,16 +117,17 @@ class RingOrder:
         return begins, slowest, np.where(ringed[:, None], end[self.pack], slowest)
 
     def beside(self) -> Played:
-        """Transfers of all rings of a micro-batch, one after another, hide behind all of its attention."""
+        """Transfers of all rings of a micro-batch, one after another, hide behind the attention of all of them."""
         total = np.concatenate([np.zeros((1, 2)), np.cumsum(self.time, 0)])
         attention = total[self.first[1:]] - total[self.first[:-1]]
         _, end = self._play(self.transfer, np.zeros((len(self.ring), 2)))
         came = self._end_of(end, self.last)
-        ended = attention + _beyond(came, attention)
+        alone = self.lump[self.first[1:]] - self.lump[self.first[:-1]]
+        ended = attention + _beyond(came, attention - alone)
         late = (ended - attention).sum(1)
         some = np.flatnonzero(self.last >= 0)
         across = np.zeros(self.batches, bool)
-        across[some] = self.across[self.pack[self.ring[self.last[some]]]]
+        across[some] = self.network[self.pack[self.ring[self.last[some]]]]
         waits = {
             "peers": np.zeros(self.batches),
             "node": np.where(across, 0.0, late),

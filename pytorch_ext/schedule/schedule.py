@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from gapless.schedule.cluster import Cluster
 from gapless.schedule.cost import CostModel
 from gapless.schedule.inputs import check_capacity, check_lengths
-from gapless.schedule.shards import MicroBatch, Shard
+from gapless.schedule.shards import MicroBatch, Shard, even_widths
 
 if TYPE_CHECKING:
     from gapless.schedule.simulate import Timeline
@@ -48,8 +48,8 @@ class Schedule:
         capacity: int64 [ranks], most tokens whose activations a rank holds at once.
         cluster, cost: what it was planned for.
         two_level: whether rings that have equally many ranks on each of their nodes are of two levels: keys go around
-            each node, while every rank hands its own on to the next node, over its own network card (see ``widths``).
-            Otherwise one ring goes through all ranks, and over one card of each node.
+            each node, while every rank hands its own on to the next node, over its own network card if it has one (see
+            ``widths``). Otherwise one ring goes through all ranks, and over one card of each node.
         moves: int64 [m, 4], rows (step, source, destination, tokens): tokens that change rank between attention and
             the linear modules and go back after them (Zeppelin's remapping); no rows: none do.
         planner: name of the planner and its options, for reports.
@@ -125,15 +125,7 @@ class Schedule:
         """
         if not self.two_level or not self.packs:
             return self.ring_sizes
-        node = self.cluster.node_of(self.ring_ranks)
-        begins = np.ones(len(node), bool)
-        begins[1:] = node[1:] != node[:-1]
-        begins[self.rank_offsets[:-1]] = True
-        runs = np.add.reduceat(begins.astype(np.int64), self.rank_offsets[:-1])
-        size = np.diff(np.flatnonzero(begins), append=len(node))
-        first = np.cumsum(runs) - runs
-        even = np.maximum.reduceat(size, first) == np.minimum.reduceat(size, first)
-        return np.where(even, self.ring_sizes // runs, self.ring_sizes)
+        return even_widths(self.rank_offsets, self.cluster.node_of(self.ring_ranks))
 
     @cached_property
     def sequence_order(self) -> Ints:

@@ -40,6 +40,22 @@ def positions_of(pieces: Ints) -> Ints:
     return np.arange(size.sum()) + np.repeat(begin - start, size)
 
 
+def even_widths(offsets: Ints, node: Ints) -> Ints:
+    """int64 [rings], ranks that each ring has in a row on one node, if that is the same all along it; else all of them.
+
+    ``node`` is that of each entry of the rings, which begin and end at ``offsets``; there has to be one.
+    """
+    begins = np.ones(len(node), bool)
+    begins[1:] = node[1:] != node[:-1]
+    begins[offsets[:-1]] = True
+    runs = np.add.reduceat(begins.astype(np.int64), offsets[:-1])
+    size = np.diff(np.flatnonzero(begins), append=len(node))
+    first = np.cumsum(runs) - runs
+    even = np.maximum.reduceat(size, first) == np.minimum.reduceat(size, first)
+    rings = np.diff(offsets)
+    return np.where(even, rings // runs, rings)
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """What one rank holds of one pack.

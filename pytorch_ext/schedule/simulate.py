@@ -89,9 +89,9 @@ def simulate(
     nothing take no time.
 
     Args:
-        overlap: what hides keys and values that are under way. True: all attention of the micro-batch, since rings take
-            their rounds in turn (:mod:`gapless.distributed.ring`; Zeppelin's attention engine). ``"ring"``: attention
-            of their own ring, and a rank takes one ring after another, in the order of packs. False: nothing does.
+        overlap: what hides keys and values that are under way. True: attention of all rings of the micro-batch, which
+            take their rounds in turn after what a rank has for itself (:mod:`gapless.distributed.ring`). ``"ring"``:
+            attention of their own ring, and a rank takes one ring after another, in the order of packs. False: nothing.
         host_overlap: whether offloaded activations go to the host while the micro-batch is computed.
         gradient_bytes: of one rank; reduced once by a ring over all ranks after the last micro-batch. 0: not counted.
         spans: whether to keep what there is to draw.

@@ -24,6 +24,7 @@ from gapless.schedule.cluster import Cluster
 from gapless.schedule.cost import CostModel
 from gapless.schedule.inputs import MOST_TOKENS, check_capacity, check_fits, check_lengths
 from gapless.schedule.schedule import Schedule
+from gapless.schedule.shards import even_widths
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -36,35 +37,39 @@ _MORE_STEPS = (1.0, 1.5, 2.0)  # locked steps, over the fewest that hold all tok
 _ENOUGH = 1.005  # times the lower bound: no further search
 
 
-def zones(cost: CostModel, cluster: Cluster, two_level: bool = False) -> tuple[int, int]:
+def zones(cost: CostModel, cluster: Cluster, two_level: bool = True) -> tuple[int, int]:
     """(local_max, intra_max): the longest sequence that stays whole, and the longest that stays inside a node.
 
     Above them, attention of a ring of two ranks takes as long as its transfers or longer: over a link of a node, and
-    over the network. Whatever is too long for the ranks' capacity is shared all the same.
+    over the network, or with ``two_level`` over an average hop of a ring of whole nodes. Whatever is too long for the
+    ranks' capacity is shared all the same.
     """
     links = _Links.of(cost, cluster, two_level)
-    return links.zone(cost, links.near), max(links.zone(cost, links.near), links.zone(cost, links.far))
+    local = links.zone(cost, links.near)
+    return local, max(local, links.zone(cost, links.across))
 
 
 @dataclass(frozen=True)
 class _Links:
-    """Seconds for keys and values of a token to pass a link of a node, or the network; and of a hop. All layers."""
+    """Seconds for keys and values of a token to pass a link of a node, or the network; and of a hop. All layers.
+
+    ``outer`` is of all ranks of a node at once, ``across`` of an average hop of a ring that leaves its node.
+    """
 
     near: float
     far: float
+    outer: float
+    across: float
     hop: float
     two_level: bool
 
     @staticmethod
     def of(cost: CostModel, cluster: Cluster, two_level: bool) -> _Links:
         size = cost.kv_bytes * (1 + cost.backward_kv) * cost.layers
-        far = 1 / cost.network_bandwidth
-        if (
-            two_level
-        ):  # each rank of a node takes every n-th hop over the network, on a card that others may share
-            n = min(cluster.nics_per_node, cluster.ranks_per_node)
-            far = max(far / n, 1 / cost.node_bandwidth)
-        return _Links(size / cost.node_bandwidth, size * far, 2 * cost.layers * cost.latency, two_level)
+        near, far = size / cost.node_bandwidth, size / cost.network_bandwidth
+        outer = far * cluster.sharing
+        across = max(near, outer / cluster.ranks_per_node) if two_level else far
+        return _Links(near, far, outer, across, 2 * cost.layers * cost.latency, two_level)
 
     def zone(self, cost: CostModel, transfer: float) -> int:
         """The longest sequence whose attention two ranks cannot hide their transfers behind."""
@@ -165,6 +170,7 @@ class _Filler:
             token=token,
             near=self.links.near,
             far=self.links.far,
+            outer=self.links.outer,
             hop=self.links.hop,
             overhead=self.cost.overhead,
             whole_nodes=self.links.two_level,
@@ -254,9 +260,12 @@ class _Filler:
         pack = np.repeat(np.arange(len(size)), size)
         total = np.bincount(pack_of, weights=self.sizes[sequences], minlength=len(size)).astype(np.int64)
         work = np.bincount(pack_of, weights=self.attention[sequences], minlength=len(size))
+        width = size
+        if self.links.two_level and len(size):
+            width = even_widths(offsets, self.cluster.node_of(ranks))
         nodes = self.cluster.node_of(ranks)
-        link = np.where(nodes[offsets[:-1]] != nodes[offsets[1:] - 1], self.links.far, self.links.near)
-        hops = (size - 1) * (total / size * link + self.links.hop)
+        across = nodes[offsets[:-1]] != nodes[offsets[1:] - 1]
+        hops = self.cost.ring(total, size, across, width, self.cluster.sharing)
         attention = np.maximum((work / size)[pack] / self.speed[ranks], hops[pack])
         # What chunks i and 2N - 1 - i of a pack hold (gapless.schedule.shards).
         place = np.arange(len(ranks)) - offsets[pack]
