@@ -22,7 +22,7 @@ MOST_PLACED = 30_000  # packs, in all tries
 
 @dataclass
 class _Group:
-    """A pack that is not yet certified: ``tokens`` and seconds of ``attention`` and ``linear`` of its sequences."""
+    """A pack that is not yet certified."""
 
     sequences: tuple[int, ...]
     ring: tuple[int, ...]
@@ -39,11 +39,8 @@ class _Groups:
         self.lengths = s.lengths.tolist()
         self.attention = cost.attention(cost.cells(s.lengths)).tolist()
         self.linear = cost.linear(s.lengths).tolist()
-        self.overhead, self.speeds, self.capacity = (
-            cost.overhead,
-            s.cluster.speeds.tolist(),
-            s.capacity.tolist(),
-        )
+        self.overhead = cost.overhead
+        self.speeds, self.capacity = s.cluster.speeds.tolist(), s.capacity.tolist()
         self.handed = [float(cost.ring(1, n)) - float(cost.ring(0, n)) for n in range(1, s.ranks + 1)]
         self.hops = [float(cost.ring(0, n)) for n in range(1, s.ranks + 1)]
 
