@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -84,7 +86,8 @@ class Ties {
 struct Node {
     int64_t begin = 0, end = 0;
     double least = 0, most = 0, latest = 0;  // keys, and the latest end
-    int64_t room = 0, most_room = 0;         // of the fullest and of the emptiest rank
+    std::vector<int64_t> rooms = {};         // of its ranks, the emptiest first
+    std::vector<double> loads = {};          // the least first
 };
 
 /// Where the ranks of a ring are.
@@ -106,6 +109,7 @@ class Filler {
           ties_(count_) {
         for (int64_t first = 0; first < count_; first += ranks.ranks_per_node)
             nodes_.push_back({first, std::min(first + ranks.ranks_per_node, count_)});
+        for (size_t n = 0; n < nodes_.size(); ++n) by_least_.insert({nodes_[n].least, n});
         open_step();
     }
 
@@ -159,10 +163,11 @@ class Filler {
   private:
     void open_step() {
         ties_.reset();
+        most_rooms_.assign(static_cast<size_t>(node_size_) + 1, std::numeric_limits<int64_t>::max());
         std::fill(busy_.begin(), busy_.end(), 0);
         std::fill(held_.begin(), held_.end(), 0);
         for (int64_t r = 0; r < count_; ++r) tree_.set(r, key(r), room(r));
-        for (Node& node : nodes_) see(node);
+        for (size_t n = 0; n < nodes_.size(); ++n) see(n);
     }
 
     int64_t room(int64_t r) const { return r_.capacity[r] - held_[r]; }
@@ -173,18 +178,25 @@ class Filler {
         return begin_[r] + std::max(busy_[r], goal_.fullness * full);
     }
 
-    void see(Node& node) const {
+    void see(size_t n) {
+        Node& node = nodes_[n];
+        const double before = node.least;
         node.least = kNever;
         node.most = node.latest = 0;
-        node.room = room(node.begin);
-        node.most_room = 0;
+        node.rooms.clear();
+        node.loads.clear();
         for (int64_t r = node.begin; r < node.end; ++r) {
             node.least = std::min(node.least, key(r));
             node.most = std::max(node.most, key(r));
             node.latest = std::max(node.latest, load(r));
-            node.room = std::min(node.room, room(r));
-            node.most_room = std::max(node.most_room, room(r));
+            node.rooms.push_back(room(r));
+            node.loads.push_back(load(r));
         }
+        std::sort(node.rooms.begin(), node.rooms.end(), std::greater<>());
+        std::sort(node.loads.begin(), node.loads.end());
+        if (node.least == before) return;
+        by_least_.erase({before, n});
+        by_least_.insert({node.least, n});
     }
 
     /// Seconds of a sequence on each of `count` ranks: of one node, of any, or all ranks of some nodes.
@@ -211,13 +223,31 @@ class Filler {
             const double latest = level_ - seconds(length, attention, count, Spread::node);
             double least = kNever;
             const Node* best = nullptr;
-            for (const Node& node : nodes_) {
-                if (node.most_room < share || node.least >= least || !pick(node, count, share)) continue;
+            if (share > most_rooms_[count]) continue;
+            int64_t roomiest = 0;
+            bool seen_all = true;
+            for (const auto& [first, n] : by_least_) {
+                // Its last rank is no earlier than its first.
+                if (first >= least || (goal_.fullness == 0 && first > latest)) {
+                    seen_all = false;
+                    break;
+                }
+                const Node& node = nodes_[n];
+                if (static_cast<int64_t>(node.rooms.size()) < count) continue;
+                roomiest = std::max(roomiest, node.rooms[count - 1]);
+                // Where keys are loads, so many ranks are needed by then; else the last one's load may be
+                // any.
+                if (node.rooms[count - 1] < share || node.loads[goal_.fullness == 0 ? count - 1 : 0] > latest)
+                    continue;
+                pick(node, count, share);
                 if (key(picked_.back()) >= least || load(picked_.back()) > latest) continue;
                 least = key(picked_.back());
                 best = &node;
             }
-            if (!best) continue;
+            if (!best) {
+                if (seen_all) most_rooms_[count] = roomiest;  // rooms only shrink until the step ends
+                continue;
+            }
             pick(*best, count, share);
             ring = picked_;
             std::sort(ring.begin(), ring.end());
@@ -226,16 +256,15 @@ class Filler {
         return false;
     }
 
-    /// The `count` least loaded ranks of a node with room for `share` tokens, least first.
-    bool pick(const Node& node, int64_t count, int64_t share) {
+    /// The `count` least loaded ranks of a node with room for `share` tokens, of which there are so many;
+    /// least first.
+    void pick(const Node& node, int64_t count, int64_t share) {
         picked_.clear();
         for (int64_t r = node.begin; r < node.end; ++r)
             if (room(r) >= share) picked_.push_back(r);
-        if (static_cast<int64_t>(picked_.size()) < count) return false;
         std::sort(picked_.begin(), picked_.end(),
                   [&](int64_t a, int64_t b) { return key(a) != key(b) ? key(a) < key(b) : a < b; });
         picked_.resize(count);
-        return true;
     }
 
     /// `count` ranks of several nodes, those whose busiest rank has least to do; up to `most` as in `few`.
@@ -251,7 +280,7 @@ class Filler {
             int64_t found = 0;
             for (size_t n = 0; n < nodes_.size(); ++n) {
                 const Node& node = nodes_[n];
-                if (node.room < share || node.latest > latest) continue;
+                if (node.rooms.back() < share || node.latest > latest) continue;
                 if (even && node.end - node.begin < node_size_) continue;
                 order_.emplace_back(node.most, n);
                 found += node.end - node.begin;
@@ -321,7 +350,7 @@ class Filler {
             busy_[r] += seconds(length, attention, count, across, r_.speed[r]);
             held_[r] += ceil_div(length, count);
             tree_.set(r, key(r), room(r));
-            if (i + 1 == ring.size() || ring[i + 1] / r_.ranks_per_node != n) see(nodes_[n]);
+            if (i + 1 == ring.size() || ring[i + 1] / r_.ranks_per_node != n) see(static_cast<size_t>(n));
         }
     }
 
@@ -335,6 +364,8 @@ class Filler {
     LeastLoaded tree_;
     Ties ties_;
     std::vector<Node> nodes_;
+    std::set<std::pair<double, size_t>> by_least_;  // nodes by their least key
+    std::vector<int64_t> most_rooms_;  // in this step, of the emptiest node's so-many-th rank; an upper bound
     Ring picked_;
     std::vector<std::pair<double, size_t>> order_;
 };
