@@ -29,7 +29,7 @@ app.command()(cli_schedule.calibrate)
 
 def _implementations() -> list[dict]:
     """Of each operator on each device: which implementations take a plain bfloat16 batch with gradients, or why not."""
-    from gapless.ops import block_sparse, experts, linear_cross_entropy, reroute, varlen
+    from gapless.ops import experts, registry, reroute, varlen
 
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     rows = []
@@ -50,10 +50,10 @@ def _implementations() -> list[dict]:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
         ops = {
             "varlen_attention": (varlen.REASONS, dense),
-            "block_sparse_attention": (block_sparse.REASONS, block_sparse.Inputs(x)),
+            "block_sparse_attention": (registry.REASONS, registry.Inputs(x)),
             "reroute": (reroute.REASONS, reroute.Inputs(ids, "reroute")),
             "fused_experts": (experts.REASONS, experts.Inputs(x)),
-            "linear_cross_entropy": (linear_cross_entropy.REASONS, linear_cross_entropy.Inputs(x)),
+            "linear_cross_entropy": (registry.REASONS, registry.Inputs(x)),
         }
         for op, (implementations, inputs) in ops.items():
             for impl, unsupported in implementations.items():

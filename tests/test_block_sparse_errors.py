@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 
 import gapless
 from gapless import _native
-from gapless.ops.block_sparse import REASONS
 from gapless.ops.impl import choose
+from gapless.ops.registry import REASONS
 
 DIM, TOKENS, HEADS, KV_HEADS = 16, 100, 4, 2
 Q, K = torch.ones(TOKENS, HEADS, DIM), torch.ones(TOKENS, KV_HEADS, DIM)

@@ -31,19 +31,6 @@ from gapless.plan.varlen import VarlenPlan
 from gapless.reference import block_sparse as reference
 from gapless.reference import varlen_attention as dense_reference
 
-
-class Inputs(NamedTuple):
-    """Everything that decides which implementation can run."""
-
-    q: Tensor
-    has_tangent: bool = False  # of forward-mode derivatives
-
-
-REASONS: dict[str, Callable[[Any], list[str]]] = {
-    "native": lambda x: registry.native_reasons(x.q, x.has_tangent),
-    "triton": lambda x: registry.triton_reasons(x.q, x.has_tangent),
-    "reference": lambda x: [],
-}
 FORWARD = (
     9  # tensors that a forward pass reads: a layout's and its order; after them the transposed lists come
 )
@@ -138,7 +125,7 @@ def block_sparse_attention(
     _check_plan(plan, layout, causal)
     check_softcap(softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else number("scale", scale)
-    name = choose(impl, REASONS, Inputs(q, has_tangent(q, k, v)))
+    name = choose(impl, registry.REASONS, registry.Inputs(q, has_tangent(q, k, v)))
     if name == "reference":
         out, lse = reference.block_sparse_attention(
             q, k, v, layout, causal=causal, scale=scale, softcap=softcap
@@ -312,7 +299,7 @@ class _DenseRun(NamedTuple):
         check_plan_values(q, k, tensors)
         blocks = [block_q, block_k, *_block_counts(q, k, tensors[0], tensors[1], block_q, block_k)]
         return _DenseRun(
-            choose(impl, REASONS, Inputs(q)),
+            choose(impl, registry.REASONS, registry.Inputs(q)),
             tensors,
             blocks,
             [scale, float(softcap)],

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,20 +28,6 @@ from gapless.reference import linear_cross_entropy as reference
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
-
-
-class Inputs(NamedTuple):
-    """Everything that decides which implementation can run."""
-
-    x: Tensor
-    has_tangent: bool = False  # of forward-mode derivatives
-
-
-REASONS: dict[str, Callable[[Any], list[str]]] = {
-    "native": lambda x: registry.native_reasons(x.x, x.has_tangent),
-    "triton": lambda x: registry.triton_reasons(x.x, x.has_tangent),
-    "reference": lambda x: [],
-}
 
 
 def linear_cross_entropy(
@@ -105,7 +90,7 @@ def linear_cross_entropy(
     _check_tokens("x", x, targets, weights)
     _check_options(softcap, label_smoothing, reduction, denominator)
     _check_classes(targets, ignore_index, weight.shape[0])
-    name = choose(impl, REASONS, Inputs(x, has_tangent(x, weight, bias, weights)))
+    name = choose(impl, registry.REASONS, registry.Inputs(x, has_tangent(x, weight, bias, weights)))
     if name == "reference":
         return reference.linear_cross_entropy(
             x, weight, targets.long(), bias=bias, weights=weights, ignore_index=ignore_index, softcap=softcap,
@@ -182,7 +167,7 @@ def cross_entropy(
     _check_tokens("logits", logits, targets, weights)
     _check_options(softcap, label_smoothing, reduction, denominator)
     _check_classes(targets, ignore_index, logits.shape[1])
-    name = choose(impl, REASONS, Inputs(logits, has_tangent(logits, weights)))
+    name = choose(impl, registry.REASONS, registry.Inputs(logits, has_tangent(logits, weights)))
     if name == "reference":
         return reference.cross_entropy(
             logits, targets.long(), weights=weights, ignore_index=ignore_index, softcap=softcap,

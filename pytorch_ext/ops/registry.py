@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +118,20 @@ def triton_reasons(t: Tensor, has_tangent: bool) -> list[str]:
     if t.dtype == torch.float64:
         why.append("it has no float64 kernels")
     return why
+
+
+class Inputs(NamedTuple):
+    """What decides which implementation can run, of operators that take all that is on their device."""
+
+    of: Tensor
+    has_tangent: bool = False  # of forward-mode derivatives
+
+
+REASONS: dict[str, Callable[[Any], list[str]]] = {
+    "native": lambda x: native_reasons(x.of, x.has_tangent),
+    "triton": lambda x: triton_reasons(x.of, x.has_tangent),
+    "reference": lambda x: [],
+}
 
 
 @_constant

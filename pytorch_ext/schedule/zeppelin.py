@@ -260,10 +260,8 @@ class _Filler:
         pack = np.repeat(np.arange(len(size)), size)
         total = np.bincount(pack_of, weights=self.sizes[sequences], minlength=len(size)).astype(np.int64)
         work = np.bincount(pack_of, weights=self.attention[sequences], minlength=len(size))
-        width = size
-        if self.links.two_level and len(size):
-            width = even_widths(offsets, self.cluster.node_of(ranks))
         nodes = self.cluster.node_of(ranks)
+        width = even_widths(offsets, nodes) if self.links.two_level and len(size) else size
         across = nodes[offsets[:-1]] != nodes[offsets[1:] - 1]
         hops = self.cost.ring(total, size, across, width, self.cluster.sharing)
         attention = np.maximum((work / size)[pack] / self.speed[ranks], hops[pack])
