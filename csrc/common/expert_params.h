@@ -32,7 +32,8 @@ inline constexpr bool gated(Activation a) { return a != Activation::kRelu2; }
 struct ExpertItem {
     int32_t expert;
     int64_t begin, end;
-    int64_t from, to;  // outputs
+    int64_t from, to;                  // outputs
+    const ExpertItem* next = nullptr;  // what this thread runs after it, if that is known
 };
 
 /// Two-layer experts. Row r of the dispatch is pair[r], and of x pair[r] / top_k.

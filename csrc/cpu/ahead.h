@@ -14,8 +14,9 @@ class Ahead {
   public:
     static constexpr int64_t kMostAtOnce = 256;
 
-    void carve(Carver& c, int64_t lines) {
-        room_ = lines;
+    /// A line is touched every 2^pace steps: where there is time, too many at once would hold up other loads.
+    void carve(Carver& c, int64_t lines, int pace = 0) {
+        room_ = lines, pace_ = pace;
         lines_ = c.take<const char*>(lines + kMostAtOnce);
     }
     /// Lines that a row of so many bytes can touch.
@@ -30,13 +31,17 @@ class Ahead {
         for (int64_t i = 0; i < lines; ++i) lines_[end_ + i] = first + i * kLine;
         end_ += lines;
     }
-    /// The next `count` lines (the last ones again, if fewer are left), or null if none are.
-    GAPLESS_INLINE const char* const* take(int64_t count) {
+    /// The next lines for so many steps (the last one again, if fewer are left), or null if none are.
+    GAPLESS_INLINE const char* const* take(int64_t steps) {
         if (next_ == end_) return nullptr;
+        const int64_t count = (steps + (int64_t{1} << pace_) - 1) >> pace_;
         const char* const* taken = lines_ + next_;
         for (int64_t i = end_; i < next_ + count; ++i) lines_[i] = lines_[end_ - 1];
         next_ = next_ + count < end_ ? next_ + count : end_;
         return taken;
+    }
+    GAPLESS_INLINE void touch_at(const char* const* taken, int64_t step) const {
+        if ((step & ((int64_t{1} << pace_) - 1)) == 0) touch(taken[step >> pace_]);
     }
     /// All of them at once.
     void rush() {
@@ -48,6 +53,7 @@ class Ahead {
     static constexpr int64_t kLine = 64;
     const char** lines_;
     int64_t next_ = 0, end_ = 0, room_ = 0;
+    int pace_ = 0;
 };
 
 }  // namespace

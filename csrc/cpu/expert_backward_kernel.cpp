@@ -9,7 +9,7 @@
 namespace gapless::cpu::GAPLESS_ISA {
 namespace {
 
-constexpr int64_t kTileInter = kTileOutputs / 2;  // what one partial sum of a weight's gradient covers
+constexpr int64_t kTileInter = kTilePart;  // what one partial sum of a weight's gradient covers
 
 template <class Linear>
 class Backward {
@@ -47,15 +47,15 @@ class Backward {
             for (int part = 0; part < parts && item.to == p.inter; ++part)
                 Linear::finish(dpre[part][s], terms());
         }
-        const auto w = Matrix<E>::of(p.down.transposed(), item.expert);
-        const auto part_of = [&](int, int64_t from) {
-            return w.rows(from, least(kTileInter, item.to - from));
+        const auto part_of = [&](const ExpertItem& i, int, int64_t from) {
+            return Matrix<E>::of(p.down.transposed(), i.expert).rows(from, least(kTileInter, i.to - from));
         };
-        by_tiles(linear, item, kTileInter, 1, dy.few(), part_of, [&](int64_t from, int64_t count) {
-            linear.multiply(part_of(0, from), dy, dh, false);
+        const auto tile_of = [&](int64_t from, int64_t count, const E* after) {
+            linear.multiply(part_of(item, 0, from), dy, dh, false, after);
             for (int64_t s = 0; s < dy.count(); ++s)
                 derive(s, dy[s], from, count, dh + s * kTileOutputs * Linear::kStrip, gate, up, value);
-        });
+        };
+        by_tiles(linear, item, kTileInter, 1, dy.few(), part_of, tile_of);
     }
 
     /// Rows of out_rows: gradients of x, one for each choice.
@@ -66,18 +66,17 @@ class Backward {
             c = carver.take<T>(tile_size<Linear>(rows));
             linear.carve(carver);
         });
-        auto w = Matrix<E>::of(p.gate_up.transposed(), item.expert);
-        w.terms = terms();
-        const auto part_of = [&](int part, int64_t from) {
-            auto tile = w.rows(from, least(kTileOutputs, item.to - from));
-            tile.data += part * p.inter * w.term;
-            return tile;
+        const auto part_of = [&](const ExpertItem& i, int part, int64_t from) {
+            auto tile = Matrix<E>::of(p.gate_up.transposed(), i.expert);
+            tile.terms = terms(), tile.data += part * p.inter * tile.term;
+            return tile.rows(from, least(kTileOutputs, i.to - from));
         };
         T ones[Linear::kStrip];
         for (int64_t i = 0; i < Linear::kStrip; ++i) ones[i] = 1;
-        by_tiles(linear, item, kTileOutputs, parts, dpre[0].few(), part_of, [&](int64_t from, int64_t count) {
+        const auto tile_of = [&](int64_t from, int64_t count, const E* after) {
             for (int part = 0; part < parts; ++part)
-                linear.multiply(part_of(part, from), dpre[part], c, part > 0);
+                linear.multiply(part_of(item, part, from), dpre[part], c, part > 0,
+                                part + 1 < parts ? part_of(item, part + 1, from).data : after);
             for (int64_t s = 0; s < dpre[0].count(); ++s) {
                 const Panel x = dpre[0][s];
                 T* to[Linear::kStrip];
@@ -85,7 +84,8 @@ class Backward {
                     to[i] = static_cast<T*>(p.out_rows) + row(s, i) * p.hidden + from;
                 untranspose_rows<T>(c + s * kTileOutputs * Linear::kStrip, x.width, ones, to, x.count, count);
             }
-        });
+        };
+        by_tiles(linear, item, kTileOutputs, parts, dpre[0].few(), part_of, tile_of);
     }
 
   private:

@@ -41,22 +41,23 @@ class Forward {
             Linear::pack(from, x[s], p.hidden);
             if (item.to == p.inter) Linear::finish(activated[s], p.inter);
         }
-        const auto w = Matrix<E>::of(p.gate_up, item.expert);
-        const int64_t each = p.interleaved ? 2 : 1,
-                      tile = gated(p.activation) ? kTileOutputs / 2 : kTileOutputs;
-        const auto part_of = [&](int part, int64_t from) {
-            return w.rows(part * p.inter + from * each, least(tile, item.to - from) * each);
+        const int64_t each = p.interleaved ? 2 : 1, tile = gated(p.activation) ? kTilePart : kTileOutputs;
+        const auto part_of = [&](const ExpertItem& i, int part, int64_t from) {
+            return Matrix<E>::of(p.gate_up, i.expert)
+                .rows(part * p.inter + from * each, least(tile, i.to - from) * each);
         };
         T* const c2 = c + tile_size<Linear>(rows);
-        by_tiles(linear, item, tile, parts, x.few(), part_of, [&](int64_t from, int64_t count) {
-            linear.multiply(part_of(0, from), x, c, false);
-            if (parts > 1) linear.multiply(part_of(1, from), x, c2, false);
+        const auto tile_of = [&](int64_t from, int64_t count, const E* after) {
+            const auto first = part_of(item, 0, from), second = part_of(item, parts - 1, from);
+            linear.multiply(first, x, c, false, parts > 1 ? second.data : after);
+            if (parts > 1) linear.multiply(second, x, c2, false, after);
             for (int64_t s = 0; s < x.count(); ++s) {
                 const int64_t at = s * kTileOutputs * Linear::kStrip;
                 finish_tile(c + at, c2 + at, x[s], s, from, count);
                 Linear::put(activated[s], from, c + at, count);
             }
-        });
+        };
+        by_tiles(linear, item, tile, parts, x.few(), part_of, tile_of);
     }
 
     /// Rows of out_rows, times their weights.
@@ -67,14 +68,15 @@ class Forward {
             c = carver.take<T>(tile_size<Linear>(rows));
             linear.carve(carver);
         });
-        const auto w = Matrix<E>::of(p.down, item.expert);
         const E* bias =
             p.down_bias ? static_cast<const E*>(p.down_bias) + item.expert * p.down_bias_row : nullptr;
-        const auto part_of = [&](int, int64_t from) {
-            return w.rows(from, least(kTileOutputs, item.to - from));
+        const auto part_of = [&](const ExpertItem& i, int, int64_t from) {
+            return Matrix<E>::of(p.down, i.expert).rows(from, least(kTilePart, i.to - from));
         };
-        by_tiles(linear, item, kTileOutputs, 1, activated.few(), part_of, [&](int64_t from, int64_t count) {
-            linear.multiply(part_of(0, from), activated, c, false);
+        const auto tile_of = [&](int64_t from, int64_t count, const E* after) {
+            for (int64_t i = 0; i < rows; ++i)
+                linear.ahead.add(out_row(item.begin + i) + from, count * int64_t(sizeof(T)));
+            linear.multiply(part_of(item, 0, from), activated, c, false, after);
             for (int64_t s = 0; s < activated.count(); ++s) {
                 const Panel x = activated[s];
                 T* const sums = c + s * kTileOutputs * Linear::kStrip;
@@ -84,11 +86,12 @@ class Forward {
                 for (int64_t i = 0; i < x.count; ++i) {
                     const int64_t r = row(s, i);
                     weight[i] = pair_weight<E>(p, p.pair[r]);
-                    to[i] = static_cast<T*>(p.out_rows) + r * p.hidden + from;
+                    to[i] = out_row(r) + from;
                 }
                 untranspose_rows<T>(sums, x.width, weight, to, x.count, count);
             }
-        });
+        };
+        by_tiles(linear, item, kTilePart, 1, activated.few(), part_of, tile_of);
     }
 
   private:
@@ -99,6 +102,7 @@ class Forward {
     const Panels activated;
 
     int64_t row(int64_t s, int64_t i) const { return item.begin + Panels::begin(s) + i; }
+    T* out_row(int64_t r) const { return static_cast<T*>(p.out_rows) + r * p.hidden; }
 
     static void add_bias(T* c, int64_t width, const E* bias, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
@@ -162,16 +166,16 @@ void grouped_mm(const GroupedParams& p, const ExpertItem& item) {
         using E = typename Linear::Element;
         using T = typename Linear::T;
         const int64_t rows = item.end - item.begin;
-        const auto w = Matrix<E>::of(p.w, item.expert);
+        const int64_t terms = p.w.terms;
         void* memory;
         T* c;
         Linear linear;
         carve_scratch([&](Carver& carver) {
-            memory = carver.take<char>(Strips<Linear>::bytes(rows, w.terms));
+            memory = carver.take<char>(Strips<Linear>::bytes(rows, terms));
             c = carver.take<T>(tile_size<Linear>(rows));
             linear.carve(carver);
         });
-        const Strips<Linear> x(rows, w.terms, memory);
+        const Strips<Linear> x(rows, terms, memory);
         E* row[Linear::kStrip];
         const auto rows_of = [&](const RowMatrix& m, int64_t s, int64_t at) {
             for (int64_t i = 0; i < x[s].count; ++i)
@@ -179,21 +183,26 @@ void grouped_mm(const GroupedParams& p, const ExpertItem& item) {
         };
         for (int64_t s = 0; s < x.count(); ++s) {
             rows_of(p.x, s, 0);
-            Linear::pack(row, x[s], w.terms);
+            Linear::pack(row, x[s], terms);
         }
         T ones[Linear::kStrip];
         for (int64_t i = 0; i < Linear::kStrip; ++i) ones[i] = 1;
-        const auto part_of = [&](int, int64_t from) {
-            return w.rows(from, least(kTileOutputs, item.to - from));
+        const auto part_of = [&](const ExpertItem& i, int, int64_t from) {
+            return Matrix<E>::of(p.w, i.expert).rows(from, least(kTilePart, i.to - from));
         };
-        by_tiles(linear, item, kTileOutputs, 1, x.few(), part_of, [&](int64_t from, int64_t count) {
-            linear.multiply(part_of(0, from), x, c, false);
+        const auto tile_of = [&](int64_t from, int64_t count, const E* after) {
+            for (int64_t s = 0; s < x.count(); ++s) {
+                rows_of(p.out, s, from);
+                for (int64_t i = 0; i < x[s].count; ++i) linear.ahead.add(row[i], count * int64_t(sizeof(E)));
+            }
+            linear.multiply(part_of(item, 0, from), x, c, false, after);
             for (int64_t s = 0; s < x.count(); ++s) {
                 rows_of(p.out, s, from);
                 untranspose_rows<E>(c + s * kTileOutputs * Linear::kStrip, x[s].width, ones, row, x[s].count,
                                     count);
             }
-        });
+        };
+        by_tiles(linear, item, kTilePart, 1, x.few(), part_of, tile_of);
     });
 }
 

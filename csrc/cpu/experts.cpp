@@ -37,17 +37,31 @@ std::vector<ExpertItem> items_of(const ExpertRows& rows, int64_t outputs) {
     return items;
 }
 
+struct Piece {
+    ExpertItem item;
+    size_t whole;  // which item it is of
+};
+
 /// Each item in `parts`, by its outputs.
-std::vector<std::pair<ExpertItem, size_t>> split(const std::vector<ExpertItem>& items, int64_t outputs,
-                                                 int64_t parts) {
+std::vector<Piece> split(const std::vector<ExpertItem>& items, int64_t outputs, int64_t parts) {
     const int64_t each = std::max(cdiv(cdiv(outputs, parts), kOutputAlign), int64_t{1}) * kOutputAlign;
-    std::vector<std::pair<ExpertItem, size_t>> pieces;
+    std::vector<Piece> pieces;
     for (size_t i = 0; i < items.size(); ++i)
         for (int64_t from = 0; from < outputs; from += each) {
             pieces.push_back({items[i], i});
-            pieces.back().first.from = from, pieces.back().first.to = std::min(outputs, from + each);
+            pieces.back().item.from = from, pieces.back().item.to = std::min(outputs, from + each);
         }
     return pieces;
+}
+
+/// Calls run(item, whole) for all pieces; each item knows the one after it.
+template <class Run>
+void run_pieces(const std::vector<Piece>& pieces, const Threads& threads, const Run& run) {
+    in_order_ahead(pieces.size(), threads, [&](int64_t i, int64_t next) {
+        ExpertItem item = pieces[i].item;
+        item.next = next < 0 ? nullptr : &pieces[next].item;
+        run(item, pieces[i].whole);
+    });
 }
 
 /// The kernels of a pass: a product, what follows it, and a second product over the panels between them.
@@ -78,10 +92,9 @@ void two_products(const Pass& pass, const ExpertParams& p, const std::vector<Exp
         char* const base = static_cast<char*>(panels.data);
         const int64_t parts = items.empty() ? 1 : cdiv(enough, int64_t(items.size()));
         const auto ups = split(items, p.inter, parts), downs = split(items, p.hidden, parts);
-        in_order(ups.size(), threads,
-                 [&](int64_t i) { pass.first(p, ups[i].first, base + at[ups[i].second]); });
-        in_order(downs.size(), threads,
-                 [&](int64_t i) { pass.second(p, downs[i].first, base + at[downs[i].second]); });
+        run_pieces(ups, threads, [&](const ExpertItem& up, size_t i) { pass.first(p, up, base + at[i]); });
+        run_pieces(downs, threads,
+                   [&](const ExpertItem& down, size_t i) { pass.second(p, down, base + at[i]); });
     }
 }
 
@@ -160,7 +173,7 @@ void grouped_mm(const GroupedParams& p, const ExpertRows& rows, const Threads& a
     const Threads threads = enough_threads(computed * p.w.outputs * p.w.terms, all_threads);
     const int64_t enough = kItemsPerThread * threads.count;
     const auto pieces = split(items, p.w.outputs, items.empty() ? 1 : cdiv(enough, int64_t(items.size())));
-    in_order(pieces.size(), threads, [&](int64_t i) { k.grouped_mm(p, pieces[i].first); });
+    run_pieces(pieces, threads, [&](const ExpertItem& item, size_t) { k.grouped_mm(p, item); });
 }
 
 void grouped_outer(const OuterParams& p, const ExpertRows& rows, int64_t outputs,

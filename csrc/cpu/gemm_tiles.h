@@ -28,11 +28,11 @@ struct Gemm {
 
 template <class T, int kRows, int kVecs, Init kInit, bool kAhead>
 GAPLESS_INLINE void register_block(const Gemm<T>& g, const T* a, const T* b, T* c, const T* factor,
-                                   const char* const* ahead) {
+                                   const char* const* lines) {
     constexpr int w = kLanes<T>;
     Vec<T> acc[kRows][kVecs] = {};
     for (int64_t k = 0; k < g.depth; ++k, a += g.a_col, b += g.b_row) {
-        if constexpr (kAhead) Ahead::touch(ahead[k]);
+        if constexpr (kAhead) g.ahead->touch_at(lines, k);
         Vec<T> row[kVecs];
 #pragma GCC unroll 4
         for (int n = 0; n < kVecs; ++n) row[n] = load(b + n * w);
@@ -64,8 +64,8 @@ void column(const Gemm<T>& g, int64_t rows, int64_t vec) {
     const auto block = [&]<int kBlock>() __attribute__((always_inline)) {
         const T* a = g.a + m * g.a_row;
         T* c = g.c + m * g.c_row + vec * w;
-        if (const char* const* ahead = g.ahead ? g.ahead->take(g.depth) : nullptr)
-            register_block<T, kBlock, kVecs, kInit, true>(g, a, b, c, factor, ahead);
+        if (const char* const* lines = g.ahead ? g.ahead->take(g.depth) : nullptr)
+            register_block<T, kBlock, kVecs, kInit, true>(g, a, b, c, factor, lines);
         else
             register_block<T, kBlock, kVecs, kInit, false>(g, a, b, c, factor, nullptr);
         m += kBlock;

@@ -43,6 +43,7 @@ struct Panel {
 
 constexpr int64_t kLinesAhead = 8192;
 constexpr int64_t kTileOutputs = 128;  // as many as stay in the L2 cache while strips of tokens pass by
+constexpr int64_t kTilePart = 64;      // of each of two matrices, or if their results are to stay there too
 
 /// C[output][lane] of a few tokens: here the outputs are in the lanes, so that none is empty. The sums are
 /// those of gemm().
@@ -55,10 +56,12 @@ class FewTokens {
     FewTokens(const Matrix<E>& w, const Panel& x)
         : w(w), panel(static_cast<const T*>(x.data)), width(x.width) {}
 
-    void multiply(int64_t run, T* c, bool add) const {
+    /// after: the rows that come next.
+    void multiply(int64_t run, T* c, bool add, const E* after) const {
         for (int64_t m = 0; m < w.outputs; m += n, c += n * width) {
             const int64_t count = least(n, w.outputs - m);
             const E* rows = w.data + m * w.output;
+            const E* next = m + n < w.outputs ? rows + n * w.output : after;
             Vec<T> sum[kTokens] = {};
             for (int t = 0; add && t < kTokens; ++t)
                 for (int i = 0; i < count; ++i) sum[t][i] = c[i * width + t];
@@ -67,7 +70,7 @@ class FewTokens {
                 Vec<T> part[kTokens] = {};
                 int64_t k = begin;
                 if (count == n && w.term == 1)
-                    for (; k + n <= end; k += n) add_square(rows, k, part);
+                    for (; k + n <= end; k += n) add_square(rows, next, k, part);
                 for (; k < end; k += n) add_rest(rows, count, k, least(n, end - k), part);
                 for (int t = 0; t < kTokens; ++t) sum[t] = begin || add ? part[t] + sum[t] : part[t];
             }
@@ -81,10 +84,10 @@ class FewTokens {
     const T* const panel;
     const int64_t width;
 
-    GAPLESS_INLINE void add_square(const E* rows, int64_t k, Vec<T>* part) const {
+    GAPLESS_INLINE void add_square(const E* rows, const E* next, int64_t k, Vec<T>* part) const {
         // Lines that come later: of these rows, then of the next ones.
         constexpr int64_t kAhead = 2048 / sizeof(E);
-        const E* later = rows + (k + kAhead < w.terms ? k + kAhead : n * w.output + k + kAhead - w.terms);
+        const E* later = k + kAhead < w.terms ? rows + k + kAhead : next + k + kAhead - w.terms;
         Vec<T> x[n];
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) {
@@ -140,7 +143,7 @@ class VectorLinear {
     static int64_t panel_bytes(int64_t terms, int64_t width) { return terms * width * sizeof(T); }
     void carve(Carver& c) {
         a = c.take<T>(kTileOutputs * kRun);
-        ahead.carve(c, kLinesAhead);
+        ahead.carve(c, kLinesAhead, kPace);
     }
 
     static void pack(const E* const* rows, const Panel& to, int64_t terms) {
@@ -163,11 +166,12 @@ class VectorLinear {
     static void finish(const Panel&, int64_t) {}
 
     /// c of each panel [output][lane] = or += W times the panel. Many tokens read a copy of W, a few terms at
-    /// a time: its rows are a page or so apart, where they would push each other out of the cache.
+    /// a time: its rows are a page or so apart, where they would push each other out of the cache. A few ask
+    /// for the next rows by themselves: those at `after`.
     template <class Panels>
-    void multiply(const Matrix<E>& w, const Panels& panels, T* c, bool add) {
+    void multiply(const Matrix<E>& w, const Panels& panels, T* c, bool add, const E* after) {
         if (w.terms == 0 && !add) return clear(w.outputs, panels, c);
-        if (panels.few()) return multiply_few(w, panels[0], c, add);
+        if (panels.few()) return multiply_few(w, panels[0], c, add, after);
         for (int64_t k = 0; k < w.terms; k += kRun) {
             const int64_t run = least(kRun, w.terms - k);
             const Gemm<T> packed = pack(w, k, run);
@@ -187,6 +191,7 @@ class VectorLinear {
 
   private:
     static constexpr int64_t kRun = 128;
+    static constexpr int kPace = 2;
     T* a;  // [outputs][kRun], or [run][outputs] if these lie side by side
 
     Gemm<T> pack(const Matrix<E>& w, int64_t k, int64_t run) {
@@ -208,8 +213,10 @@ class VectorLinear {
     }
 
     /// No more tokens than a panel of the narrowest vectors, two lanes, is wide.
-    static void multiply_few(const Matrix<E>& w, const Panel& x, T* c, bool add) {
-        const auto by = [&]<int kTokens>() { FewTokens<E, kTokens>(w, x).multiply(kRun, c, add); };
+    static void multiply_few(const Matrix<E>& w, const Panel& x, T* c, bool add, const E* after) {
+        const auto by = [&]<int kTokens>() {
+            FewTokens<E, kTokens>(w, x).multiply(kRun, c, add, after ? after : w.data);
+        };
         if (x.count <= 1) return by.template operator()<1>();
         if (x.count <= 2) return by.template operator()<2>();
         if (x.count <= 3) return by.template operator()<3>();
@@ -269,7 +276,7 @@ class TileLinear {
     /// c of each panel [output][lane] = or += W times the panel. Whole tiles are read where they are; nothing
     /// outside of the matrix is touched.
     template <class Panels>
-    void multiply(const Matrix<bf16>& w, const Panels& panels, float* c, bool add) {
+    void multiply(const Matrix<bf16>& w, const Panels& panels, float* c, bool add, const bf16* /*after*/) {
         if (w.terms == 0 && !add) return clear(w.outputs, panels, c);
         const int64_t outputs = round_up(w.outputs, kTile);
         TileProduct p{w.data, w.output, nullptr, 0, nullptr, 0, outputs, 0, 0, add, &ahead};
@@ -343,16 +350,20 @@ GAPLESS_INLINE void with_linear(DType dtype, const F& f) {
     });
 }
 
-/// Calls tile(from, count) for tiles of `each` of an item's outputs, one after another, and asks for the
-/// weights of the next one, part(i, from) for each of `parts`, meanwhile. A few tokens ask by themselves.
+/// Calls tile(from, count, after) for tiles of `each` of an item's outputs, one after another. The weights
+/// that come next, part(item, i, from) for each of `parts`, are asked for meanwhile; the first of them lie at
+/// `after`.
 template <class Linear, class Part, class Tile>
 GAPLESS_INLINE void by_tiles(Linear& linear, const ExpertItem& item, int64_t each, int parts, bool few,
                              const Part& part, const Tile& tile) {
     for (int64_t from = item.from; from < item.to; from += each) {
-        const int64_t count = least(each, item.to - from), next = from + count;
+        const int64_t count = least(each, item.to - from);
+        const bool more = from + count < item.to;
+        const ExpertItem* const then = more ? &item : item.next;
+        const int64_t at = more ? from + count : then ? then->from : 0;
         linear.ahead.clear();
-        for (int i = 0; i < parts && next < item.to && !few; ++i) part(i, next).expect(linear.ahead);
-        tile(from, count);
+        for (int i = 0; i < parts && then && !few; ++i) part(*then, i, at).expect(linear.ahead);
+        tile(from, count, then ? part(*then, 0, at).data : nullptr);
     }
 }
 

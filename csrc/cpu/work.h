@@ -42,6 +42,23 @@ void in_order(int64_t count, const Threads& threads, const Body& body) {
         threads.run(work);
 }
 
+/// The same, body(i, next): `next` is what this thread runs after i, or -1.
+template <class Body>
+void in_order_ahead(int64_t count, const Threads& threads, const Body& body) {
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+        const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+        for (int64_t i = take(), after; i < count; i = after) {
+            after = take();
+            body(i, after < count ? after : -1);
+        }
+    };
+    if (count <= 1)
+        work();
+    else
+        threads.run(work);
+}
+
 /// Some of the threads: one, if that is faster.
 inline Threads enough_threads(int64_t products, const Threads& all) {
     return products < kFewProducts ? Threads{1, [](const auto& f) { f(); }} : all;

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from gapless import _native
 from gapless.ops import expert_registry, registry
@@ -340,6 +341,14 @@ def fused_experts(
     virtual = [w for w in (w_gate_up, w_down) if not isinstance(w, Tensor)]
     w_gate_up, w_down = _whole("w_gate_up", w_gate_up), _whole("w_down", w_down)
     weights = (w_gate_up, w_down, b_gate_up, b_down)
+    scales = (topk_weights, identity_weights)
+    ids = (topk_ids, adapter_ids, num_valid)
+    if dispatch is None and tuned is None and _guarded(impl, x, *weights, *scales, *ids):
+        try:
+            found = _native_dispatch(w_gate_up.shape[0], *ids, expert_map)
+            return _forward(x, weights, scales, found, virtual, activation, interleaved, alpha, limit)
+        except Exception:  # what follows says it better
+            pass
     _check_layer(x, *weights, activation, interleaved)
     check_integers("topk_ids", topk_ids, [x.shape[0], "top_k"], x)
     if topk_ids.shape[1] == 0:
@@ -360,7 +369,7 @@ def fused_experts(
     else:
         _check_given(dispatch, w_gate_up.shape[0], topk_ids, adapter_ids, expert_map, num_valid)
     for w in virtual:
-        _check_mapped(w, dispatch)
+        _check_mapped(w, dispatch.counts)
     if name == "reference":
         return reference.fused_experts(
             x,
@@ -388,6 +397,40 @@ def fused_experts(
         wanted = [tuned.first, tuned.w_gate_up.shape[0]]
     tensors = _distinct(x, *scales, *weights, *own, *dispatch.tensors)
     return _FusedExperts.apply(name, activation, shape, limits, wanted, bool(virtual), *tensors)
+
+
+def _guarded(impl: str, *tensors: Tensor | None) -> bool:
+    """Native operators may run at once, and no gradient is asked for: they refuse what is wrong.
+
+    For a token alone the checks would take as long as an expert, and longer where they are not in a cache.
+    """
+    return (
+        impl in ("auto", "native")
+        and all(t is None or (type(t) in (Tensor, Parameter) and t.is_cpu) for t in tensors)
+        and not _wants_grad(*tensors)
+        and not has_tangent(*tensors)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _native_dispatch(num_experts, topk_ids, adapter_ids, num_valid, expert_map) -> list[Tensor]:
+    if adapter_ids is None and expert_map is None:
+        return _native.expert_align(topk_ids, num_experts, 1, num_valid)
+    slots = getattr(expert_map, "slots", expert_map)
+    if not slots.is_cpu or getattr(expert_map, "num_slots", 0) > num_experts:
+        raise ValueError
+    return _native.expert_reroute_align(topk_ids, adapter_ids, slots, num_experts, 1, num_valid)[2:]
+
+
+def _forward(x, weights, scales, dispatch, virtual, activation, interleaved, alpha, limit) -> Tensor:
+    """The native operator, and what it does not look at by itself."""
+    limits = [number("alpha", alpha), number("limit", limit)]
+    if limits[1] <= 0 or (interleaved and activation not in GATED):
+        raise ValueError
+    for w in virtual:
+        _check_mapped(w, dispatch[3])
+    fwd = _operator("fused_experts_fwd", "native")
+    return fwd(x, *weights, *scales, dispatch, activation, [1, int(interleaved)], limits, False)[0]
 
 
 class _FusedExperts(torch.autograd.Function):
@@ -545,10 +588,10 @@ def _whole(name: str, w: Any) -> Tensor:
     return w.unsafe_tensor()
 
 
-def _check_mapped(w: Any, dispatch: ExpertDispatch) -> None:
+def _check_mapped(w: Any, counts: Tensor) -> None:
     """A hole is never handed out, where the experts in use can be seen without waiting."""
-    if hasattr(w, "check_ids") and readable(dispatch.counts):
-        w.check_ids(dispatch.counts.nonzero().flatten(), "experts in use")
+    if hasattr(w, "check_ids") and readable(counts):
+        w.check_ids(counts.nonzero().flatten(), "experts in use")
 
 
 def _check_layer(x, w_gate_up, w_down, b_gate_up, b_down, activation, interleaved) -> None:
