@@ -180,6 +180,13 @@ void place_pairs(const Id* __restrict ids, int64_t begin, int64_t end, const int
     }
 }
 
+/// A group of the map that leads to the base model's experts: most do.
+bool all_own(const int32_t* row, int32_t first) {
+    int32_t other = 0;
+    GAPLESS_UNROLL for (int32_t i = 0; i < kGroup; ++i) other |= row[i] ^ (first + i);
+    return other == 0;
+}
+
 /// The counts before the map, of the experts [begin, end), from those after it: an expert's own slot and
 /// those of the adapters that have tuned it. Gives their sum, or -1 if the map is not like that. A slot that
 /// stands twice in the map counts twice, so if all sums together are the pairs there are, no such slot has
@@ -188,11 +195,16 @@ int64_t counts_before(const Rerouting& r, const Alignment& a, int64_t begin, int
     std::copy(a.counts + begin, a.counts + end, r.counts + begin);
     for (int64_t i = 0; i < r.adapters; ++i) {
         const int32_t* row = r.map + i * r.experts;
-        for (int64_t j = begin; j < end; ++j) {
-            const int64_t slot = row[j];
-            if (slot == j) continue;
-            if (slot < r.experts || slot >= a.experts) return -1;
-            r.counts[j] += a.counts[slot];
+        for (int64_t j = begin; j < end;) {
+            if (j + kGroup <= end && all_own(row + j, int32_t(j))) {
+                j += kGroup;
+                continue;
+            }
+            for (const int64_t stop = std::min(end, j + kGroup); j < stop; ++j) {
+                const int64_t slot = row[j];
+                if (slot != j && (slot < r.experts || slot >= a.experts)) return -1;
+                r.counts[j] += slot == j ? 0 : a.counts[slot];
+            }
         }
     }
     return std::accumulate(r.counts + begin, r.counts + end, int64_t{0});
