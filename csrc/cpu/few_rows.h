@@ -61,23 +61,23 @@ class FewRows {
         carve_scratch([this](Carver& c) { carve(c); });
         begin = most(item.key_begin, map.begin(row_begin));
         end = least(item.key_end, map.end(row_begin + rows - 1));
-        const int32_t last = item.bundle + item.bundles - 1;
-        locate(item.bundle, begin, now);
-        for (int32_t head = item.bundle; head <= last; ++head) {
-            start(head);
-            for (int64_t from = begin; from < end; from += kTile) {
-                const int64_t to = least(end, from + kTile);
-                // The tile after this one, maybe the next head's first.
-                next_count = to < end      ? locate(head, to, 1 - now)
-                             : head < last ? locate(head + 1, begin, 1 - now)
-                                           : 0;
+        const int32_t first = item.bundle, last = first + item.bundles - 1;
+        for (int32_t head = first; head <= last; ++head) start(head);
+        locate(first, begin, now);
+        for (int64_t from = begin; from < end; from += kTile) {
+            const int64_t to = least(end, from + kTile);
+            // The heads of a key lie beside each other: one way through memory for all of them.
+            for (int32_t head = first; head <= last; ++head, now = 1 - now) {
+                next_count = head < last ? locate(head + 1, from, 1 - now)
+                             : to < end  ? locate(first, to, 1 - now)
+                                         : 0;
+                choose(head);
                 dots(to - from);
                 for (int64_t row = 0; row < rows; ++row) probabilities(row, head, from, to);
                 by_rows([&]<int n>(int64_t row) { add_values<n>(row, to - from); });
-                now = 1 - now;
             }
-            finish(head);
         }
+        for (int32_t head = first; head <= last; ++head) finish(head);
     }
 
   private:
@@ -92,16 +92,22 @@ class FewRows {
     const int64_t dim, dim_v;
     int64_t first_token, row_begin, rows, begin, end, next_count;
     RowMap map;
-    T *queries, *scores, *out;  // [rows][dim], [rows][kTile], [rows][dim_v]
-    T *top, *sum, *part;
+    T *all, *queries, *out, *top, *sum;  // of all heads; [rows][dim], [rows][dim_v], [rows], [rows] of one
+    T *scores, *part;                    // [rows][kTile]
     int now = 0;
     const E **key_rows[2], **value_rows[2];  // of this tile and the next
 
     void carve(Carver& c) {
-        queries = c.take<T>(rows * dim), out = c.take<T>(rows * dim_v), scores = c.take<T>(rows * kTile);
-        top = c.take<T>(rows), sum = c.take<T>(rows), part = c.take<T>(p.dim_v + 2);
+        all = c.take<T>(item.bundles * head_size());
+        scores = c.take<T>(rows * kTile), part = c.take<T>(p.dim_v + 2);
         for (int i = 0; i < 2; ++i)
             key_rows[i] = c.take<const E*>(kTile), value_rows[i] = c.take<const E*>(kTile);
+    }
+
+    int64_t head_size() const { return rows * (dim + dim_v) + 2 * padded<T>(rows); }
+    void choose(int32_t kv_head) {
+        queries = all + (kv_head - item.bundle) * head_size(), out = queries + rows * dim;
+        top = out + rows * dim_v, sum = top + padded<T>(rows);
     }
 
     /// Of all rows, in fours, twos and ones.
@@ -132,6 +138,7 @@ class FewRows {
     }
 
     void start(int32_t kv_head) {
+        choose(kv_head);
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t head = head_of(row, kv_head);
             const E* q =
@@ -160,22 +167,34 @@ class FewRows {
             if (row == 0)
                 for (int i = 0; i < kRun; ++i) touch(value_rows[now][key + g * kRun + i], p.dim_v);
             Vec<T> acc[n][kRun] = {};
-            for (int64_t d = 0; d < p.dim; d += kLanes<T>) {
+            int64_t d = 0;
+            for (; d + kLanes<T> <= p.dim; d += kLanes<T>) {
+                Vec<T> k[kRun];
+#pragma GCC unroll 4
+                for (int i = 0; i < kRun; ++i) k[i] = load_wide(at[i] + d);
+                add_products<n>(row, d, k, acc);
+            }
+            if (d < p.dim) {
                 Vec<T> k[kRun];
 #pragma GCC unroll 4
                 for (int i = 0; i < kRun; ++i) k[i] = load_row(at[i], d, p.dim);
-#pragma GCC unroll 4
-                for (int r = 0; r < n; ++r) {
-                    const Vec<T> q = load(queries + (row + r) * dim + d);
-#pragma GCC unroll 4
-                    for (int i = 0; i < kRun; ++i) acc[r][i] += q * k[i];
-                }
+                add_products<n>(row, d, k, acc);
             }
 #pragma GCC unroll 4
             for (int r = 0; r < n; ++r) folded[r][g] = add_in_lanes<T>(acc[r]);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < n; ++r) store(scores + (row + r) * kTile + key, add_lanes<T>(folded[r]));
+    }
+
+    template <int n>
+    GAPLESS_INLINE void add_products(int64_t row, int64_t d, const Vec<T>* k, Vec<T> (*acc)[kRun]) const {
+#pragma GCC unroll 4
+        for (int r = 0; r < n; ++r) {
+            const Vec<T> q = load(queries + (row + r) * dim + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < kRun; ++i) acc[r][i] += q * k[i];
+        }
     }
 
     /// Turns a row's dot products into exponentials and brings its sum and output to the new maximum.
@@ -224,11 +243,11 @@ class FewRows {
     void add_values(int64_t row, int64_t count) {
         constexpr int w = kLanes<T>;
         int64_t d = 0;
-        for (; d + kChunk * w <= p.dim_v; d += kChunk * w) add_chunk<n, kChunk>(row, count, d);
-        for (; d < p.dim_v; d += w) add_chunk<n, 1>(row, count, d);
+        for (; d + kChunk * w <= p.dim_v; d += kChunk * w) add_chunk<n, kChunk, true>(row, count, d);
+        for (; d < p.dim_v; d += w) add_chunk<n, 1, false>(row, count, d);
     }
 
-    template <int n, int kVecs>
+    template <int n, int kVecs, bool kWhole>
     void add_chunk(int64_t row, int64_t count, int64_t d) {
         constexpr int w = kLanes<T>;
         Vec<T> acc[n][kVecs] = {};
@@ -237,7 +256,9 @@ class FewRows {
             if (row == 0 && d == 0 && key < next_count) touch(key_rows[1 - now][key], p.dim);
             Vec<T> v[kVecs];
 #pragma GCC unroll 4
-            for (int i = 0; i < kVecs; ++i) v[i] = load_row(value_rows[now][key], d + i * w, p.dim_v);
+            for (int i = 0; i < kVecs; ++i)
+                v[i] = kWhole ? load_wide(value_rows[now][key] + d + i * w)
+                              : load_row(value_rows[now][key], d + i * w, p.dim_v);
 #pragma GCC unroll 4
             for (int r = 0; r < n; ++r)
 #pragma GCC unroll 4
@@ -258,6 +279,7 @@ class FewRows {
     }
 
     void finish(int32_t kv_head) {
+        choose(kv_head);
         for (int64_t row = 0; row < rows; ++row) {
             T* to = item.partial ? static_cast<T*>(item.partial) +
                                        (kv_head - item.bundle) * item.partial_stride + row * (p.dim_v + 2)
