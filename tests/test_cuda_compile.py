@@ -81,6 +81,7 @@ def test_bindings_load_beside_this_torch(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # a minute: the rest of this file covers every source
 def test_package_with_cuda(tmp_path):
     """GAPLESS_CUDA=ON builds the package's own module, which then has both kinds of kernels."""
     import pybind11
