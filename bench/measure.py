@@ -80,7 +80,8 @@ def interleave(
             if once >= share and not paired:
                 t.spent, t.samples = once, [once]  # too slow to be called for nothing
             else:
-                t.repeat = max(1, min(1000, int(SHORTEST_SAMPLE / max(1e-9, _clock(t, wait)))))
+                while t.repeat < 1000 and (elapsed := _clock(t, wait)) < SHORTEST_SAMPLE:
+                    t.repeat = min(1000, max(2 * t.repeat, int(t.repeat * SHORTEST_SAMPLE / elapsed)))
         order, draw = list(timings.values()), random.Random(0)
         for done in range(rounds):
             draw.shuffle(order)  # who comes after whom decides what is in the caches

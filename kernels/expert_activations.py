@@ -30,20 +30,21 @@ def bend(gate, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == "swiglu":
         s = sigmoid(gate)
         value = gate * s
-        slope = s + value * (1.0 - s)
+        slope = s + value * sigmoid(-gate)  # 1 - s has no digits left where s is near 1
     elif ACTIVATION == "swiglu_oai":
         s = sigmoid(alpha * gate)
         value = gate * s
-        slope = s + alpha * value * (1.0 - s)
+        slope = s + alpha * value * sigmoid(-alpha * gate)
     elif ACTIVATION == "geglu":
         cdf = 0.5 * (1.0 + tl.erf(gate * SQRT_HALF))
         value = gate * cdf
         slope = cdf + gate * INV_SQRT_2PI * tl.exp(-0.5 * gate * gate)
     elif ACTIVATION == "geglu_tanh":
         square = gate * gate
-        s = sigmoid(gate * TANH_SCALE * (square * TANH_CUBIC + 1.0))
+        x = gate * TANH_SCALE * (square * TANH_CUBIC + 1.0)
+        s = sigmoid(x)
         value = gate * s
-        slope = s + value * (1.0 - s) * TANH_SCALE * (square * TANH_CUBIC * 3.0 + 1.0)
+        slope = s + value * sigmoid(-x) * TANH_SCALE * (square * TANH_CUBIC * 3.0 + 1.0)
     else:
         tl.static_assert(ACTIVATION == "relu2")
         positive = tl.where(gate < 0.0, 0.0, gate)  # a NaN stays one

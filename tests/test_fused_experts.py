@@ -30,8 +30,8 @@ from gapless.testing.experts import (
     experts_oracle_and_witness,
     make_experts,
     run_experts,
+    side_by_side,
     surrounded,
-    with_shared_error,
 )
 
 native = partial(gapless.fused_experts, impl="native")
@@ -104,7 +104,7 @@ def test_the_reference_is_the_reference(case: str, dtype: torch.dtype):
         assert torch.equal(got[name], want), name
 
 
-@settings(max_examples=40, derandomize=True)  # one in thousands of single numbers is ill-conditioned
+@settings(max_examples=40)
 @given(
     sizes=st.tuples(*(st.integers(low, high) for low, high in ((0, 50), (1, 6), (1, 12), (1, 70), (1, 70)))),
     how=st.fixed_dictionaries({
@@ -112,17 +112,19 @@ def test_the_reference_is_the_reference(case: str, dtype: torch.dtype):
         "biases": st.booleans(),
         "identity": st.booleans(),
         "none": st.sampled_from([0.0, 0.3, 0.9]),
-        "seed": st.integers(0, 2**31),
     }),
     dtype=st.sampled_from([FP32, BF16, FP16, FP64]),
+    seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_layer(sizes: tuple[int, ...], how: dict[str, Any], dtype: torch.dtype):
-    layer = make_experts(*sizes, **how, dtype=dtype)
-    oracle, witness = experts_oracle_and_witness(layer)
-    if dtype == FP64:
-        return assert_experts(run_experts(native, layer), oracle, witness)
-    wider = {"factor": 4.0, "reason": FEW_NUMBERS}
-    assert_experts(run_experts(native, layer), oracle, with_shared_error(oracle, witness), **wider)
+def test_any_layer(sizes: tuple[int, ...], how: dict[str, Any], dtype: torch.dtype, seed: int):
+    copies = range(2 + 32 // (1 + sizes[0]))  # few numbers could all be lucky in the witness
+    layers = [make_experts(*sizes, **how, dtype=dtype, seed=seed + i) for i in copies]
+    got = side_by_side([run_experts(native, layer) for layer in layers])
+    oracle, witness = map(
+        side_by_side, zip(*(experts_oracle_and_witness(layer) for layer in layers), strict=True)
+    )
+    wider = {} if dtype == FP64 else {"factor": 4.0, "reason": FEW_NUMBERS}
+    assert_experts(got, oracle, witness, **wider)
 
 
 # Gradients.

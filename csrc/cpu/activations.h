@@ -34,12 +34,16 @@ GAPLESS_INLINE Vec<double> verf(Vec<double> x) {
     return x;
 }
 
-/// 1 / (1 + e^-x), without overflow.
+/// s = 1 / (1 + e^-x), without overflow, and s (1 - s), which keeps its precision where s is near 1.
 template <class T>
-GAPLESS_INLINE Vec<T> sigmoid(Vec<T> x) {
-    const Vec<T> e = vexp(x < T(0) ? x : -x), below = x < T(0) ? e : splat(T(1));
-    return below / (e + T(1));
-}
+struct Sigmoid {
+    Vec<T> value, slope;
+    GAPLESS_INLINE explicit Sigmoid(Vec<T> x) {
+        const Vec<T> e = vexp(x < T(0) ? x : -x), below = x < T(0) ? e : splat(T(1));
+        value = below / (e + T(1));
+        slope = value * (x < T(0) ? splat(T(1)) : e) / (e + T(1));
+    }
+};
 
 /// An activation's output, and what a gradient of it is multiplied by for each input.
 template <class T>
@@ -60,14 +64,15 @@ struct Act {
             const Vec<T> x = gate < zero ? zero : gate;
             return {x * x, x + x, zero};
         } else if constexpr (kKind == Activation::kSwiGlu) {
-            const Vec<T> s = sigmoid<T>(gate), silu = gate * s;
-            return {silu * up, (s + silu * (one - s)) * up, silu};
+            const Sigmoid<T> s(gate);
+            const Vec<T> silu = gate * s.value;
+            return {silu * up, (s.value + gate * s.slope) * up, silu};
         } else if constexpr (kKind == Activation::kSwiGluOai) {
             const Vec<T> top = splat(limit), bottom = splat(-limit);
             const Vec<T> g = gate > top ? top : gate;
             const Vec<T> u = (up > top ? top : up < bottom ? bottom : up) + one;
-            const Vec<T> s = sigmoid<T>(g * alpha), glu = g * s;
-            const Vec<T> slope = (s + glu * alpha * (one - s)) * u;
+            const Sigmoid<T> s(g * alpha);
+            const Vec<T> glu = g * s.value, slope = (s.value + g * alpha * s.slope) * u;
             return {u * glu, gate > top ? zero : slope, up > top ? zero : up < bottom ? zero : glu};
         } else if constexpr (kKind == Activation::kGeGlu) {
             const Vec<T> cdf = T(0.5) * (one + verf(gate * T(0.70710678118654752)));
@@ -79,9 +84,10 @@ struct Act {
             return {gate * cdf * up, (cdf + gate * pdf) * up, gate * cdf};
         } else {
             constexpr T a = T(0.79788456080286536), b = T(0.044715);
-            const Vec<T> square = gate * gate, t = vtanh(a * gate * (one + b * square));
-            const Vec<T> half = T(0.5) * (one + t), gelu = gate * half;
-            const Vec<T> slope = half + T(0.5) * gate * (one - t * t) * a * (one + T(3) * b * square);
+            const Vec<T> square = gate * gate;
+            const Sigmoid<T> s(T(2) * a * gate * (one + b * square));  // (1 + tanh(x)) / 2 of half of that
+            const Vec<T> gelu = gate * s.value;
+            const Vec<T> slope = s.value + T(2) * gate * s.slope * a * (one + T(3) * b * square);
             return {gelu * up, slope * up, gelu};
         }
     }

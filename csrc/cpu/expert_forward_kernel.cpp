@@ -71,10 +71,10 @@ class Forward {
         const E* bias =
             p.down_bias ? static_cast<const E*>(p.down_bias) + item.expert * p.down_bias_row : nullptr;
         const auto part_of = [&](const ExpertItem& i, int, int64_t from) {
-            return Matrix<E>::of(p.down, i.expert).rows(from, least(kTilePart, i.to - from));
+            return Matrix<E>::part(p.down, i, from);
         };
         const auto tile_of = [&](int64_t from, int64_t count, const E* after) {
-            for (int64_t i = 0; i < rows; ++i)
+            for (int64_t i = 0; !activated.few() && i < rows; ++i)
                 linear.ahead.add(out_row(item.begin + i) + from, count * int64_t(sizeof(T)));
             linear.multiply(part_of(item, 0, from), activated, c, false, after);
             for (int64_t s = 0; s < activated.count(); ++s) {
@@ -188,10 +188,10 @@ void grouped_mm(const GroupedParams& p, const ExpertItem& item) {
         T ones[Linear::kStrip];
         for (int64_t i = 0; i < Linear::kStrip; ++i) ones[i] = 1;
         const auto part_of = [&](const ExpertItem& i, int, int64_t from) {
-            return Matrix<E>::of(p.w, i.expert).rows(from, least(kTilePart, i.to - from));
+            return Matrix<E>::part(p.w, i, from);
         };
         const auto tile_of = [&](int64_t from, int64_t count, const E* after) {
-            for (int64_t s = 0; s < x.count(); ++s) {
+            for (int64_t s = 0; !x.few() && s < x.count(); ++s) {
                 rows_of(p.out, s, from);
                 for (int64_t i = 0; i < x[s].count; ++i) linear.ahead.add(row[i], count * int64_t(sizeof(E)));
             }

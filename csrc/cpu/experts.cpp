@@ -57,7 +57,7 @@ std::vector<Piece> split(const std::vector<ExpertItem>& items, int64_t outputs, 
 /// Calls run(item, whole) for all pieces; each item knows the one after it.
 template <class Run>
 void run_pieces(const std::vector<Piece>& pieces, const Threads& threads, const Run& run) {
-    in_order_ahead(pieces.size(), threads, [&](int64_t i, int64_t next) {
+    in_order(pieces.size(), threads, [&](int64_t i, int64_t next) {
         ExpertItem item = pieces[i].item;
         item.next = next < 0 ? nullptr : &pieces[next].item;
         run(item, pieces[i].whole);

@@ -13,6 +13,10 @@
 namespace gapless::cpu::GAPLESS_ISA {
 namespace {
 
+constexpr int64_t kLinesAhead = 8192;
+constexpr int64_t kTileOutputs = 128;  // as many as stay in the L2 cache while strips of tokens pass by
+constexpr int64_t kTilePart = 64;      // of each of two matrices, or if their results are to stay there too
+
 /// Outputs x terms of one expert.
 template <class E>
 struct Matrix {
@@ -33,6 +37,10 @@ struct Matrix {
     Matrix rows(int64_t from, int64_t count) const {
         return {data + from * output, output, term, count, terms};
     }
+    /// The outputs of an item from `from` on, a kTilePart of them at most.
+    static Matrix part(const ExpertMatrices& w, const ExpertItem& item, int64_t from) {
+        return of(w, item.expert).rows(from, least(kTilePart, item.to - from));
+    }
 };
 
 /// Tokens side by side: panel[term][lane], `width` lanes of which `count` are tokens.
@@ -40,10 +48,6 @@ struct Panel {
     void* data;
     int64_t width, count;
 };
-
-constexpr int64_t kLinesAhead = 8192;
-constexpr int64_t kTileOutputs = 128;  // as many as stay in the L2 cache while strips of tokens pass by
-constexpr int64_t kTilePart = 64;      // of each of two matrices, or if their results are to stay there too
 
 /// C[output][lane] of a few tokens: here the outputs are in the lanes, so that none is empty. The sums are
 /// those of gemm().

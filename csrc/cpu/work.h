@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "csrc/cpu/varlen.h"
 
@@ -30,28 +31,19 @@ inline void check_lengths(const int32_t* cu, const char* name, int64_t batch, in
 }
 
 /// Runs body(0), ..., body(count - 1), each once, handed out in this order to whichever thread is free.
+/// A body(i, next) is told what its thread runs after i, or -1, and so each thread takes one item early.
 template <class Body>
 void in_order(int64_t count, const Threads& threads, const Body& body) {
     std::atomic<int64_t> next{0};
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
     const auto work = [&] {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
-    };
-    if (count <= 1)
-        work();
-    else
-        threads.run(work);
-}
-
-/// The same, body(i, next): `next` is what this thread runs after i, or -1.
-template <class Body>
-void in_order_ahead(int64_t count, const Threads& threads, const Body& body) {
-    std::atomic<int64_t> next{0};
-    const auto work = [&] {
-        const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
-        for (int64_t i = take(), after; i < count; i = after) {
-            after = take();
-            body(i, after < count ? after : -1);
-        }
+        if constexpr (std::is_invocable_v<Body, int64_t, int64_t>)
+            for (int64_t i = take(), after; i < count; i = after) {
+                after = take();
+                body(i, after < count ? after : -1);
+            }
+        else
+            for (int64_t i; (i = take()) < count;) body(i);
     };
     if (count <= 1)
         work();

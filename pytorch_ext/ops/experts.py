@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
 from gapless import _native
 from gapless.ops import expert_registry, registry
@@ -343,7 +342,14 @@ def fused_experts(
     weights = (w_gate_up, w_down, b_gate_up, b_down)
     scales = (topk_weights, identity_weights)
     ids = (topk_ids, adapter_ids, num_valid)
-    if dispatch is None and tuned is None and _guarded(impl, x, *weights, *scales, *ids):
+    floats = (x, *weights, *scales)
+    if (
+        dispatch is None
+        and tuned is None
+        and registry.native_at_once(impl, *floats, *ids)
+        and not _wants_grad(*floats)
+        and not has_tangent(*floats)
+    ):
         try:
             found = _native_dispatch(w_gate_up.shape[0], *ids, expert_map)
             return _forward(x, weights, scales, found, virtual, activation, interleaved, alpha, limit)
@@ -397,20 +403,6 @@ def fused_experts(
         wanted = [tuned.first, tuned.w_gate_up.shape[0]]
     tensors = _distinct(x, *scales, *weights, *own, *dispatch.tensors)
     return _FusedExperts.apply(name, activation, shape, limits, wanted, bool(virtual), *tensors)
-
-
-def _guarded(impl: str, *tensors: Tensor | None) -> bool:
-    """Native operators may run at once, and no gradient is asked for: they refuse what is wrong.
-
-    For a token alone the checks would take as long as an expert, and longer where they are not in a cache.
-    """
-    return (
-        impl in ("auto", "native")
-        and all(t is None or (type(t) in (Tensor, Parameter) and t.is_cpu) for t in tensors)
-        and not _wants_grad(*tensors)
-        and not has_tangent(*tensors)
-        and not torch.compiler.is_compiling()
-    )
 
 
 def _native_dispatch(num_experts, topk_ids, adapter_ids, num_valid, expert_map) -> list[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gapless import _native  # noqa: F401  (the twins need the native schemas)
 from gapless.plan.varlen import BLOCKS, VarlenPlan
@@ -118,6 +119,15 @@ def triton_reasons(t: Tensor, has_tangent: bool) -> list[str]:
     if t.dtype == torch.float64:
         why.append("it has no float64 kernels")
     return why
+
+
+def native_at_once(impl: str, *tensors: Any) -> bool:
+    """The native operator may run before anything is checked, as it refuses what is wrong: for little work, checks
+    would take longer. Not on a meta tensor among others, which would call the operator's fake."""
+    for t in tensors:  # all() takes twice as long
+        if t is not None and not (type(t) in (Tensor, Parameter) and t.is_cpu):
+            return False
+    return impl in ("auto", "native") and not torch.compiler.is_compiling()
 
 
 class Inputs(NamedTuple):

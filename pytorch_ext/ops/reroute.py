@@ -75,7 +75,7 @@ def reroute(
             includes ids and adapters out of range; elsewhere, where to look is to wait, they give -1.
     """
     slots = expert_map.slots if isinstance(expert_map, ExpertMap) else expert_map
-    if _guarded(impl, topk_ids, adapter_ids, slots, num_valid):
+    if registry.native_at_once(impl, topk_ids, adapter_ids, slots, num_valid):
         try:
             return _native.reroute(topk_ids, adapter_ids, slots, num_valid)
         except Exception:  # what follows says it better
@@ -114,7 +114,7 @@ def align(
     Raises:
         TypeError, ValueError: as :func:`reroute`.
     """
-    if _guarded(impl, ids, ids, ids, num_valid):
+    if registry.native_at_once(impl, ids, num_valid):
         try:
             return ExpertDispatch.of(
                 _native.expert_align(ids, num_experts, block_size, num_valid), block_size
@@ -162,7 +162,7 @@ def reroute_align(
         slots = expert_map.slots
         if num_experts is None:
             num_experts = expert_map.num_slots
-    if _guarded(impl, topk_ids, adapter_ids, slots, num_valid):
+    if registry.native_at_once(impl, topk_ids, adapter_ids, slots, num_valid):
         try:
             ids, logical, *found = _native.expert_reroute_align(
                 topk_ids, adapter_ids, slots, num_experts, block_size, num_valid
@@ -186,19 +186,6 @@ def reroute_align(
         run = _native.expert_reroute_align if native else expert_registry.expert_reroute_align_triton
         ids, logical, *found = run(topk_ids, adapter_ids, slots, num_experts, block_size, num_valid)
     return ids, ExpertDispatch.of(found, block_size), logical
-
-
-def _guarded(impl: str, ids: Any, adapter_ids: Any, slots: Any, num_valid: Any) -> bool:
-    """The native operator may run at once: it refuses what is wrong. For few ids, checks here would take longer."""
-    return (
-        impl in ("auto", "native")
-        and type(ids) is type(adapter_ids) is type(slots) is Tensor
-        and ids.is_cpu
-        and adapter_ids.is_cpu
-        and slots.is_cpu  # a meta tensor among others would call the operator's fake
-        and (num_valid is None or (type(num_valid) is Tensor and num_valid.is_cpu))
-        and not torch.compiler.is_compiling()
-    )
 
 
 def _check_ids(name: str, ids: Tensor, num_valid: Tensor | None) -> None:

@@ -190,6 +190,12 @@ def varlen_attention(
         TypeError: an argument of another type, or a tensor of a dtype that is not taken.
         ValueError: any other bad argument; the message names it, its value, and what would be right.
     """
+    if plan is not None and q_offset is alibi_slopes is sinks is None:
+        found = _at_once(
+            q, k, v, cu_seqlens_q, causal, window, softcap, scale, seqused_k, block_table, plan, impl
+        )
+        if found:
+            return found if return_lse else found[0]
     bounds = _check(
         q, k, v, cu_seqlens_q, causal, window, softcap, alibi_slopes, sinks, seqused_k, block_table, plan
     )
@@ -252,6 +258,37 @@ def varlen_attention(
         check_plan_values(q, k, tensors, seqused_k, block_table)
         raise
     return (out, lse) if return_lse else out
+
+
+def _at_once(
+    q, k, v, cu_seqlens_q, causal, window, softcap, scale, seqused_k, block_table, plan, impl
+) -> tuple[Tensor, Tensor] | None:
+    """The native operator's results, if it may run before all is checked and finds nothing wrong."""
+    if not isinstance(plan, VarlenPlan):
+        return None
+    tensors = plan.tensors
+    if (
+        not registry.native_at_once(impl, q, k, v, cu_seqlens_q, seqused_k, block_table, *tensors)
+        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or has_tangent(q, k, v)
+    ):
+        return None
+    try:
+        left, right = window
+        score = [q.shape[-1] ** -0.5 if scale is None else number("scale", scale), number("softcap", softcap)]
+        if (
+            score[1] < 0
+            or not (type(left) is type(right) is int and right >= -1)
+            or cu_seqlens_q.dtype not in (torch.int32, torch.int64)
+            or cu_seqlens_q.shape != tensors[0].shape
+        ):
+            return None
+        limits = [left, 0 if causal else right]
+        return _native.varlen_attention_fwd(
+            q, k, v, tensors, seqused_k, block_table, None, None, score, limits
+        )
+    except Exception:  # the checks say it better
+        return None
 
 
 class _VarlenAttention(torch.autograd.Function):
