@@ -11,6 +11,9 @@
 namespace gapless::cpu::GAPLESS_ISA {
 namespace {
 
+/// What the outputs of a strip held: nothing, what they hold now, or that by a factor for each lane.
+enum class Before { kNothing, kSame, kScaled };
+
 /// Part of a strip: its panel of queries, scores, exponentials and outputs, all `width` lanes wide.
 template <class T>
 struct Strip {
@@ -106,12 +109,12 @@ class VectorProducts {
         }
     }
 
-    /// Adds a tile's part to the outputs, which hold nothing yet if they are `fresh`.
-    void outputs(const Strip<T>& strip, const Segment* segments, int count, int vecs, bool fresh) const {
+    /// Adds a tile's part to the outputs.
+    void outputs(const Strip<T>& strip, const Segment* segments, int count, int vecs, Before before) const {
         // The first segment's product clears or rescales what is there, if it has every vector; else that
         // takes a round of its own.
         const bool whole = segments[0].vec_begin == 0 && segments[0].vec_end == vecs;
-        if (!whole) rescale(strip, p.dim_v, vecs, fresh);
+        if (!whole) prepare(strip, p.dim_v, vecs, before);
         for (int i = 0; i < count; ++i) {
             const Segment& s = segments[i];
             const int64_t lane = s.vec_begin * kLanes<T>;
@@ -125,20 +128,22 @@ class VectorProducts {
                             s.end - s.begin,
                             strip.factor + lane,
                             &ahead};
-            if (i > 0 || !whole)
+            if (i > 0 || !whole || before == Before::kSame)
                 gemm<Init::kAdd>(g, p.dim_v, s.vec_end - s.vec_begin);
-            else if (fresh)
+            else if (before == Before::kNothing)
                 gemm<Init::kZero>(g, p.dim_v, s.vec_end - s.vec_begin);
             else
                 gemm<Init::kScale>(g, p.dim_v, s.vec_end - s.vec_begin);
         }
     }
 
-    static void rescale(const Strip<T>& strip, int64_t dim_v, int vecs, bool fresh) {
+    /// Clears the outputs, or rescales what they hold.
+    static void prepare(const Strip<T>& strip, int64_t dim_v, int vecs, Before before) {
+        if (before == Before::kSame) return;
         for (int64_t i = 0; i < dim_v; ++i)
             for (int64_t lane = 0; lane < vecs * kLanes<T>; lane += kLanes<T>) {
                 T* o = strip.out + i * strip.width + lane;
-                store(o, fresh ? Vec<T>{} : load(o) * load(strip.factor + lane));
+                store(o, before == Before::kNothing ? Vec<T>{} : load(o) * load(strip.factor + lane));
             }
     }
 
@@ -241,12 +246,12 @@ class TileProducts {
             std::memset(to, 0, n * kTile * sizeof(uint32_t));
     }
 
-    void outputs(const Strip<float>& strip, const Segment* segments, int count, int vecs, bool fresh) const {
-        bool whole = true, same = true;  // every segment has every vector; no lane is rescaled
+    void outputs(const Strip<float>& strip, const Segment* segments, int count, int vecs,
+                 Before before) const {
+        bool whole = true;  // every segment has every vector
         for (int i = 0; i < count; ++i) whole &= segments[i].vec_begin == 0;
-        for (int v = 0; v < vecs; ++v)
-            same &= _mm512_cmpeq_ps_mask((__m512)load(strip.factor + v * kTile), _mm512_set1_ps(1)) == 0xffff;
-        if (fresh ? !whole : !same) VectorProducts<float>::rescale(strip, dim_v, vecs, fresh);
+        bool fresh = before == Before::kNothing && whole;
+        if (!fresh) VectorProducts<float>::prepare(strip, dim_v, vecs, before);
         // Segments that follow one another, of the same vectors, are one product.
         const bf16* steps[kTileKeys / kTileDepth];
         for (int i = 0; i < count;) {
@@ -258,8 +263,8 @@ class TileProducts {
                     steps[depth / kTileDepth] = values + (segments[i].packed + key) * dim_v,
                                   depth += kTileDepth;
             multiply({steps[0], kTileDepth, pairs + at / 2 * strip.width + lane, strip.width,
-                      strip.out + lane, strip.width, dim_v, strip.width - lane, depth, !fresh || !whole,
-                      &ahead, steps});
+                      strip.out + lane, strip.width, dim_v, strip.width - lane, depth, !fresh, &ahead,
+                      steps});
             fresh = false;
         }
     }

@@ -81,7 +81,7 @@ class RowBlocks {
         lanes.carve(c, rows);
         products.carve(c);
         ahead.carve(c, (rows + kTileKeys) *
-                           (ahead.lines_of(p.dim * sizeof(E)) + ahead.lines_of(p.dim_v * sizeof(E))));
+                           (ahead.lines_of(p.dim * sizeof(E)) + ahead.lines_of(p.dim_v * sizeof(E))), 2);
     }
 
     /// Calls kernel.start(row, rows), kernel.strip(row, first row of the strip, rows of it, tile) for each

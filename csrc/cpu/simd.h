@@ -67,6 +67,13 @@ GAPLESS_INLINE Vec<T> splat(T x) {
     return x - Vec<T>{};  // x - 0 is x for every x, which lets the compiler drop it; 0 + x is not
 }
 
+/// Whether a comparison holds in any lane.
+template <class T>
+GAPLESS_INLINE bool any(IVec<T> x) {
+    for (int i = 1; i < kLanes<T>; ++i) x[0] |= x[i];
+    return x[0] != 0;
+}
+
 /// The larger; b where either is NaN.
 template <class T>
 GAPLESS_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {

@@ -17,6 +17,7 @@ class Forward : public RowBlocks<E, Products> {
         Base::group, Base::first_token, Base::row_begin;
     using typename Base::T, typename Base::Tile, typename Base::View;
     static constexpr int kStripVecs = Base::kStripVecs;
+    static constexpr T kTopSlack = 8;  // exponentials grow to e^8 then, far from overflow
     static constexpr int64_t kStripRows = Base::kStripRows;
 
   public:
@@ -81,6 +82,7 @@ class Forward : public RowBlocks<E, Products> {
         const T unit = Base::unit();
 
         Vec<T> best[kStripVecs], base[kStripVecs], part[kStripVecs];
+        IVec<T> raised{};
         for (int v = 0; v < view.vecs; ++v) best[v] = splat(-kInfinity<T>);
         for (int i = 0; i < count; ++i) {
             const Segment& s = segments[i];
@@ -89,7 +91,10 @@ class Forward : public RowBlocks<E, Products> {
                 s, [&]<int n>() { largest<n>(block, strip.width, s.end - s.begin, best + s.vec_begin); });
         }
         for (int v = 0; v < view.vecs; ++v) {
-            const Vec<T> old_top = load(top + at + v * w), new_top = vmax<T>(best[v] * unit, old_top);
+            // A little above the old top is near enough: most tiles then leave the outputs as they are.
+            const Vec<T> old_top = load(top + at + v * w), found = best[v] * unit;
+            const Vec<T> new_top = found > old_top + kTopSlack ? found : old_top;
+            raised |= new_top != old_top;
             base[v] = new_top == -kInfinity<T> ? Vec<T>{} : new_top;
             const Vec<T> f = vexp(old_top - base[v]);
             store(factor + v * w, f);
@@ -108,7 +113,10 @@ class Forward : public RowBlocks<E, Products> {
                         masses.add(s.begin, at + (s.vec_begin + v) * w, total[v], b[v]);
             });
         }
-        products.outputs(strip, segments, count, view.vecs, !begun[at]);
+        const Before before = !begun[at]       ? Before::kNothing
+                              : any<T>(raised) ? Before::kScaled
+                                               : Before::kSame;
+        products.outputs(strip, segments, count, view.vecs, before);
         begun[at] = true;
         for (int v = 0; v < view.vecs; ++v) store(sum + at + v * w, part[v]);
     }
