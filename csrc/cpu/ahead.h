@@ -14,15 +14,19 @@ class Ahead {
   public:
     static constexpr int64_t kMostAtOnce = 256;
 
-    /// A line is touched every 2^pace steps: where there is time, too many at once would hold up other loads.
-    void carve(Carver& c, int64_t lines, int pace = 0) {
-        room_ = lines, pace_ = pace;
+    void carve(Carver& c, int64_t lines) {
+        room_ = lines;
         lines_ = c.take<const char*>(lines + kMostAtOnce);
     }
     /// Lines that a row of so many bytes can touch.
     static int64_t lines_of(int64_t bytes) { return bytes / kLine + 2; }
 
-    void clear() { next_ = end_ = 0; }
+    void clear() { next_ = end_ = pace_ = 0; }
+    /// So many steps are left for the lines on the list: one is touched every 2^pace steps, as too many at
+    /// once would hold up other loads.
+    void spread(int64_t steps) {
+        for (pace_ = 0; pace_ < kMostPace && (end_ - next_) << (pace_ + 1) <= steps;) ++pace_;
+    }
     /// What the list has no room for is left to the loads themselves.
     void add(const void* row, int64_t bytes) {
         const char* first = static_cast<const char*>(row) - reinterpret_cast<uintptr_t>(row) % kLine;
@@ -51,6 +55,7 @@ class Ahead {
 
   private:
     static constexpr int64_t kLine = 64;
+    static constexpr int kMostPace = 2;
     const char** lines_;
     int64_t next_ = 0, end_ = 0, room_ = 0;
     int pace_ = 0;

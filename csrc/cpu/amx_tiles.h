@@ -71,7 +71,7 @@ GAPLESS_INLINE void tile_block(const TileProduct& p, int64_t m, int64_t n) {
         if (p.steps) a = reinterpret_cast<const char*>(p.steps[k / kTileDepth] + m * p.a_row);
         if (p.ahead)
             if (const char* const* lines = p.ahead->take(kTile))
-                for (int i = 0; i < kTile; ++i) Ahead::touch(lines[i]);
+                for (int i = 0; i < kTile; ++i) p.ahead->touch_at(lines, i);
         _tile_loadd(4, a, a_stride);
         _tile_loadd(6, b, b_stride);
         _tile_dpbf16ps(0, 4, 6);
@@ -90,6 +90,9 @@ GAPLESS_INLINE void tile_block(const TileProduct& p, int64_t m, int64_t n) {
     if constexpr (kRows > 1) _tile_stored(2, c2, c_stride);
     if constexpr (kRows > 1 && kLanes_ > 1) _tile_stored(3, c2 + kTile, c_stride);
 }
+
+/// Steps in which so many products are made, and lines ahead asked for.
+constexpr int64_t tile_steps(int64_t products) { return products / (4 * kTile * kTileDepth); }
 
 __attribute__((noinline)) inline void multiply(const TileProduct& p) {
     asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory

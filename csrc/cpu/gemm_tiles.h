@@ -89,6 +89,12 @@ constexpr int kMaxVecs = 2;
 constexpr int kRegisterRows[kMaxVecs + 1] = {0, 8, 6};
 #endif
 
+/// Steps in which so many products are made, and lines ahead asked for.
+template <class T>
+constexpr int64_t gemm_steps(int64_t products) {
+    return products / (kRegisterRows[kMaxVecs] * kMaxVecs * kLanes<T>);
+}
+
 /// C over `rows` x `vecs` vectors. Widths that kMaxVecs does not divide are split as evenly as can be.
 template <Init kInit, class T>
 void gemm(const Gemm<T>& g, int64_t rows, int64_t vecs) {

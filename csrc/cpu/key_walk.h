@@ -14,6 +14,12 @@ struct KeyTile {
     static constexpr int kMostRuns = kKeys / 16;
     KeyRun runs[kMostRuns];
     int count = 0;
+
+    int64_t keys() const {
+        int64_t sum = 0;
+        for (int i = 0; i < count; ++i) sum += runs[i].end - runs[i].begin;
+        return sum;
+    }
 };
 
 /// The blocks of a row that lie in a range of keys, in whole or in part.

@@ -147,7 +147,7 @@ class VectorLinear {
     static int64_t panel_bytes(int64_t terms, int64_t width) { return terms * width * sizeof(T); }
     void carve(Carver& c) {
         a = c.take<T>(kTileOutputs * kRun);
-        ahead.carve(c, kLinesAhead, kPace);
+        ahead.carve(c, kLinesAhead);
     }
 
     static void pack(const E* const* rows, const Panel& to, int64_t terms) {
@@ -168,6 +168,7 @@ class VectorLinear {
     }
     /// Clears what put() does not reach.
     static void finish(const Panel&, int64_t) {}
+    static int64_t steps(int64_t products) { return gemm_steps<T>(products); }
 
     /// c of each panel [output][lane] = or += W times the panel. Many tokens read a copy of W, a few terms at
     /// a time: its rows are a page or so apart, where they would push each other out of the cache. A few ask
@@ -195,7 +196,6 @@ class VectorLinear {
 
   private:
     static constexpr int64_t kRun = 128;
-    static constexpr int kPace = 2;
     T* a;  // [outputs][kRun], or [run][outputs] if these lie side by side
 
     Gemm<T> pack(const Matrix<E>& w, int64_t k, int64_t run) {
@@ -276,6 +276,7 @@ class TileLinear {
         std::memset(static_cast<uint32_t*>(to.data) + from * to.width, 0,
                     (end - from) * to.width * sizeof(uint32_t));
     }
+    static int64_t steps(int64_t products) { return tile_steps(products); }
 
     /// c of each panel [output][lane] = or += W times the panel. Whole tiles are read where they are; nothing
     /// outside of the matrix is touched.
@@ -366,7 +367,11 @@ GAPLESS_INLINE void by_tiles(Linear& linear, const ExpertItem& item, int64_t eac
         const ExpertItem* const then = more ? &item : item.next;
         const int64_t at = more ? from + count : then ? then->from : 0;
         linear.ahead.clear();
-        for (int i = 0; i < parts && then && !few; ++i) part(*then, i, at).expect(linear.ahead);
+        if (then && !few) {
+            for (int i = 0; i < parts; ++i) part(*then, i, at).expect(linear.ahead);
+            const auto now = part(item, 0, from);
+            linear.ahead.spread(Linear::steps((item.end - item.begin) * parts * now.outputs * now.terms));
+        }
         tile(from, count, then ? part(*then, 0, at).data : nullptr);
     }
 }

@@ -68,6 +68,8 @@ class VectorProducts {
         ahead.add(values + at * dim_v, count * dim_v * int64_t(sizeof(T)));
     }
 
+    static int64_t steps(int64_t products) { return gemm_steps<T>(products); }
+
     void pack_queries(const E* const* rows, int64_t count, void* panel, int64_t width) const {
         transpose_rows(rows, count, p.dim, T(1), static_cast<T*>(panel), width);
     }
@@ -192,6 +194,8 @@ class TileProducts {
         keys = static_cast<const bf16*>(packed.keys), values = static_cast<const bf16*>(packed.values);
     }
     void expect(int64_t, int64_t) const {}  // tile loads run through whole rows, which the hardware foresees
+
+    static int64_t steps(int64_t products) { return tile_steps(products); }
 
     void pack_queries(const bf16* const* rows, int64_t count, void* panel, int64_t width) const {
         pack_lanes(rows, count, p.dim, static_cast<uint32_t*>(panel), width);

@@ -11,7 +11,7 @@
 namespace gapless::cpu::GAPLESS_ISA {
 namespace {
 
-constexpr int64_t kSharingRows = 576;  // rows that share one packing of keys; their state stays in L2
+constexpr int64_t kSharingRows = 768;  // rows that share one packing of keys; their state stays in L2
 
 /// Row of a key among the packed keys: blocks begin where the products can begin.
 template <class Products>
@@ -81,7 +81,7 @@ class RowBlocks {
         lanes.carve(c, rows);
         products.carve(c);
         ahead.carve(c, (rows + kTileKeys) *
-                           (ahead.lines_of(p.dim * sizeof(E)) + ahead.lines_of(p.dim_v * sizeof(E))), 2);
+                           (ahead.lines_of(p.dim * sizeof(E)) + ahead.lines_of(p.dim_v * sizeof(E))));
     }
 
     /// Calls kernel.start(row, rows), kernel.strip(row, first row of the strip, rows of it, tile) for each
@@ -305,6 +305,7 @@ class RowBlocks {
                 kernel.expect_results(row, rows);
                 expect_next(row);
             }
+            ahead.spread(Products::steps(now.rows * now.tile.keys() * (p.dim + p.dim_v)));
             each_strip(now.at, now.at + now.rows,
                        [&](int64_t at, int64_t count) { kernel.strip(row, at, count, now.tile); });
             now = next, any = more;

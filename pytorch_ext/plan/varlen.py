@@ -15,7 +15,7 @@ from torch import Tensor
 from gapless import _planner
 
 # Rows of one tile. CPU kernels take any size; Triton kernels want a multiple of their block.
-BLOCKS = {"cpu": (576, 512), "cuda": (128, 128)}
+BLOCKS = {"cpu": (768, 512), "cuda": (128, 128)}
 
 
 @dataclass(frozen=True, eq=False)
