@@ -47,6 +47,11 @@ class Ahead {
     GAPLESS_INLINE void touch_at(const char* const* taken, int64_t step) const {
         if ((step & ((int64_t{1} << pace_) - 1)) == 0) touch(taken[step >> pace_]);
     }
+    /// Those of so many steps at once.
+    GAPLESS_INLINE void touch_next(int64_t steps) {
+        if (const char* const* taken = take(steps))
+            for (int64_t i = 0; i < steps; i += int64_t{1} << pace_) touch(taken[i >> pace_]);
+    }
     /// All of them at once.
     void rush() {
         for (; next_ < end_; ++next_) touch(lines_[next_]);

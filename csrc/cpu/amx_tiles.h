@@ -69,9 +69,7 @@ GAPLESS_INLINE void tile_block(const TileProduct& p, int64_t m, int64_t n) {
     }
     for (int64_t k = 0; k < p.depth; k += kTileDepth, a += 64, b += kTile * b_stride) {
         if (p.steps) a = reinterpret_cast<const char*>(p.steps[k / kTileDepth] + m * p.a_row);
-        if (p.ahead)
-            if (const char* const* lines = p.ahead->take(kTile))
-                for (int i = 0; i < kTile; ++i) p.ahead->touch_at(lines, i);
+        if (p.ahead) p.ahead->touch_next(kTile);
         _tile_loadd(4, a, a_stride);
         _tile_loadd(6, b, b_stride);
         _tile_dpbf16ps(0, 4, 6);
