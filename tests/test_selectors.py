@@ -213,14 +213,26 @@ def test_densities_of_heads_and_sequences():
     assert top_k(scores, grid, density=1.0).density_per_head.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_hosts_and_devices_find_the_same_cutoff():
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("choose", [top_k, top_k_global])
+def test_hosts_and_devices_select_the_same(choose, causal: bool, monkeypatch: pytest.MonkeyPatch):
     """Both ways on the CPU: a device's own is not run here otherwise."""
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randint(-4, 4, (5, 7, 19), dtype=torch.int32, generator=generator)
-    n = torch.randint(1, 13, (5, 7, 1), generator=generator)
-    host = selectors._nth_largest(keys, n, 12, host=True)
-    assert torch.equal(host, selectors._nth_largest(keys, n, 12, host=False))
-    assert torch.equal(host, keys.sort(-1, descending=True).values.gather(-1, n - 1))
+    lengths = ([777, 0, 333], [555, 64, 111])
+    grid, generator = BlockGrid.make(*lengths, block_q=64, block_k=32), torch.Generator().manual_seed(0)
+    scores = torch.randint(-2, 3, (4, grid.q_blocks, grid.max_k_blocks), generator=generator).float()
+    strange = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, -torch.nan])
+    where = torch.rand(scores.shape, generator=generator) < 0.2
+    scores[where] = strange[torch.randint(0, 5, (int(where.sum()),), generator=generator)]
+    how = [
+        {"density": density, "keep": keep, "causal": causal, "at_least": least}
+        for density in (0.0, 0.2, 0.7, 1.0)
+        for keep in (Keep(), Keep(sink=3, window=5, text=(0, 70)), Keep(sink=40, inside_budget=False))
+        for least in (0, 1)
+    ]
+    host = [choose(scores, grid, **h).mask for h in how]
+    monkeypatch.setattr(selectors, "on_host", lambda t: False)
+    for h, mask in zip(how, host, strict=True):
+        assert torch.equal(choose(scores, grid, **h).mask, mask), h
 
 
 @pytest.mark.gpu
