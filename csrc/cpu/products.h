@@ -87,7 +87,7 @@ class VectorProducts {
             s.end - s.begin, s.vec_end - s.vec_begin);
     }
 
-    static GAPLESS_INLINE Vec<T> exponential(Vec<T> x) { return vexp<5>(x); }
+    static GAPLESS_INLINE Vec<T> exponential(Vec<T> x) { return vexp(x); }
 
     /// exp(score * factor - base) of a segment, added up per lane.
     template <int n>

@@ -96,18 +96,11 @@ GAPLESS_INLINE V expm1_fraction(V f) {
     return p * f + 6.931471825e-1f;
 }
 
-/// 2^f for f in [-0.5, 0.5]: minimax fits of relative error 3e-9 (degree 6), 1e-7 (5) or 3e-6 (4).
+/// 2^f for f in [-0.5, 0.5]: minimax fits of relative error 3e-9 (degree 6) or 3e-6 (degree 4).
 template <int kDegree, class V>
 GAPLESS_INLINE V exp2_fraction(V f) {
     if constexpr (kDegree == 6) {
         return expm1_fraction(f) * f + 1.0f;
-    } else if constexpr (kDegree == 5) {
-        V p = V{} + 1.326472033e-3f;
-        p = p * f + 9.671512991e-3f;
-        p = p * f + 5.550733954e-2f;
-        p = p * f + 2.402224243e-1f;
-        p = p * f + 6.931470037e-1f;
-        return p * f + 1.0f;
     } else {
         V p = V{} + 9.582847857e-3f;
         p = p * f + 5.590643263e-2f;
@@ -120,8 +113,7 @@ GAPLESS_INLINE V exp2_fraction(V f) {
 constexpr float kLog2eFloat = 1.442695022f,
                 kLog2eRest = 1.925963e-8f;  // their sum is log2(e) to twice float's precision
 
-/// e^x for x <= 88; exact 0 below -87, NaN for NaN. Below degree 6 it is for weights, whose x are small where
-/// they count: an error of 2e-8 x is left in.
+/// e^x for x <= 88; exact 0 below -87, NaN for NaN.
 template <int kDegree = 6>
 GAPLESS_INLINE Vec<float> vexp(Vec<float> x) {
     const Vec<float> shifted =
@@ -129,7 +121,7 @@ GAPLESS_INLINE Vec<float> vexp(Vec<float> x) {
     const Vec<float> whole = shifted - 12582912.0f;
 #if defined(__FMA__) || defined(__aarch64__)
     Vec<float> f = x * kLog2eFloat - whole;
-    if constexpr (kDegree > 5) f += x * kLog2eRest;
+    if constexpr (kDegree > 4) f += x * kLog2eRest;
 #else
     // A product that is rounded before the subtraction would lose what is wanted: ln 2 in two parts, the
     // first so short that its product is exact.
