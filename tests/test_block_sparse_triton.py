@@ -116,8 +116,17 @@ def test_nothing(lengths):
     check(make_batch(lengths, heads=2, kv_heads=1), layout_of(lengths), causal=True)
 
 
-def test_one_token():
-    check(make_batch((1,)), layout_of((1,), density=1.0), factor=4.0, reason=ONE_KEY, causal=True)
+def test_sequences_of_one_token():
+    """Many, as a single witness may be lucky; the first of them alone is the same."""
+    lengths = (1,) * 9
+    batch = make_batch(lengths)
+    found = check(batch, layout_of(lengths, density=1.0), factor=4.0, reason=ONE_KEY, causal=True)
+    q, k, v, dout = (t[:1] for t in (batch.q, batch.k, batch.v, batch.dout))
+    first = Batch(q, k, v, batch.cu_seqlens_q[:2], None, dout, batch.dlse[:, :1])
+    alone = run(first, layout_of((1,), density=1.0), causal=True)
+    assert torch.equal(alone.lse, found.lse[:, :1])
+    for name in ("out", "dq", "dk", "dv"):
+        assert torch.equal(getattr(alone, name), getattr(found, name)[:1]), name
 
 
 def test_one_side_is_empty():

@@ -299,7 +299,7 @@ def test_wrong_results_of_experts_are_seen():
     from gapless.bench.expert_cases import ExpertCase, Layer
 
     sizes = {"experts": 9, "top_k": 3, "hidden": 32, "inter": 16}
-    check = expert_check.LayerCheck(Layer.make(ExpertCase("layer", 7, direction="fwd_bwd", **sizes)))
+    check = expert_check.LayerCheck(Layer.make(ExpertCase("layer", 70, direction="fwd_bwd", **sizes)))
     right = expert_peers.IMPLEMENTATIONS["torch_loop"].prepare
     check(right)
 

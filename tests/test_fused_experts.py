@@ -117,7 +117,8 @@ def test_the_reference_is_the_reference(case: str, dtype: torch.dtype):
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_any_layer(sizes: tuple[int, ...], how: dict[str, Any], dtype: torch.dtype, seed: int):
-    copies = range(2 + 32 // (1 + sizes[0]))  # few numbers could all be lucky in the witness
+    pairs = int(sizes[0] * sizes[1] * (1 - how["none"]))
+    copies = range(2 + 32 // (1 + pairs))  # few numbers could all be lucky in the witness
     layers = [make_experts(*sizes, **how, dtype=dtype, seed=seed + i) for i in copies]
     got = side_by_side([run_experts(native, layer) for layer in layers])
     oracle, witness = map(
@@ -489,9 +490,13 @@ def test_a_mixed_batch_is_each_merged_model(dtype: torch.dtype, as_tensor: bool,
         mine = adapters == adapter
         assert mine.any()
         want = run_experts(function, merged(layer, adapter))
-        for name in ("out", "dx", "dtopk_weights") if impl == "native" else ("out",):
-            same = torch.equal if impl == "native" else torch.allclose
-            assert same(got[name][mine], want[name][mine]), (name, adapter)
+        if impl == "native":
+            for name in ("out", "dx", "dtopk_weights"):
+                assert torch.equal(got[name][mine], want[name][mine]), (name, adapter)
+        else:  # torch's products may depend on the number of rows
+            oracle = run_experts(function, merged(layer.map(Tensor.double), adapter))
+            wider = {} if dtype == FP64 else {"factor": 4.0, "reason": FEW_NUMBERS}
+            assert_experts(*({"out": found["out"][mine]} for found in (got, oracle, want)), **wider)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
