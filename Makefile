@@ -51,7 +51,7 @@ wheel: $(VENV)/.torch
 # Everything that crosses into C++ once more, under the address and undefined-behaviour sanitizers: arguments at random
 # on the kernels of each ISA in turn. EXAMPLES=1000 looks longer. Reports go past pytest's capture.
 EXAMPLES ?= 20
-ISAS ?= baseline avx2 avx512 amx
+ISAS ?= baseline avx2 avx512 avx512_bf16 amx
 asan: $(VENV)/.dev
 	rm -rf build/lib.* build/bdist.* build/asan-site
 	GAPLESS_SANITIZE=ON GAPLESS_BUILD_TYPE=RelWithDebInfo CMAKE_ARGS=-DGAPLESS_TESTS=ON \

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-ISAS = ("baseline", "avx2", "avx512", "amx")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 Repeated = list[str] | None
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]

@@ -344,7 +344,7 @@ torch.save((_native.cpu_isa(), taken), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_isa_gives_the_reference(isa: str, tmp_path):
     if isa == _native.cpu_isa():
         pytest.skip("every other test here runs on it")

@@ -550,7 +550,7 @@ def test_compiles_in_one_graph():
     assert identical(attend_layout(compiled, batch, layout, **case.options), want)
 
 
-ISAS = ["baseline", "avx2", "avx512", "amx"]
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 ISA_CASES = [
     ("everything", FP32), ("everything", BF16), ("blocks_16_16", BF16), ("blocks_256_16", FP32), ("heads_8_2_4", FP16),
     ("many_keys_causal", FP32), ("dim_33_96", FP32), ("dim_128", BF16), ("softcap", FP64), ("all_partial", BF16),

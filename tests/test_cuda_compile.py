@@ -90,7 +90,7 @@ def test_package_with_cuda(tmp_path):
         "GAPLESS_CUDA": "ON", "GAPLESS_PYTHON": "ON", "GAPLESS_TESTS": "OFF",
         "GAPLESS_TORCH_INCLUDE_DIRS": TORCH / "include", "GAPLESS_TORCH_LIBRARY_DIRS": TORCH / "lib",
         "Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir(),
-        "gapless_flags_avx2": 0, "gapless_flags_avx512": 0, "gapless_flags_amx": 0,
+        "gapless_flags_avx2": 0, "gapless_flags_avx512": 0, "gapless_flags_avx512_bf16": 0, "gapless_flags_amx": 0,
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": tmp_path / "gapless",
     }  # fmt: skip
     if not shutil.which("nvcc"):

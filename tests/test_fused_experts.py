@@ -367,7 +367,7 @@ def test_a_hundred_runs_give_the_same_bits(dtype: torch.dtype):
             assert torch.equal(got, want[name]), name
 
 
-ISAS = ["baseline", "avx2", "avx512", "amx"]
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 CHILD = """
 import sys, torch, gapless
 from functools import partial

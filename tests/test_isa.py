@@ -15,7 +15,7 @@ import gapless
 from gapless import _native
 from gapless.testing import assert_within_budget
 
-ISAS = ["baseline", "avx2", "avx512", "amx"]
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 LENGTHS = [1, 37, 0, 130, 64]
 CHILD = """
 import sys, torch, gapless
@@ -108,7 +108,7 @@ def test_a_missing_table_falls_to_the_next_below(cap):
 def test_unknown_isa_is_refused():
     done = child("from gapless import _native; print(_native.cpu_isa())", GAPLESS_ISA="sse9")
     assert done.returncode != 0
-    assert 'GAPLESS_ISA is "sse9": it has to be baseline, avx2, avx512 or amx' in done.stderr
+    assert 'GAPLESS_ISA is "sse9": it has to be baseline, avx2, avx512, avx512_bf16 or amx' in done.stderr
 
 
 def test_isa_in_use_has_a_name():

@@ -582,7 +582,7 @@ torch.save((_native.cpu_isa(), runs), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_isa(isa: str, tmp_path):
     cases = [make(37, 24, 203, dtype=dtype, seed=1) for dtype in (FP32, BF16, FP16, FP64)]
     given_path, taken = tmp_path / "given.pt", tmp_path / "taken.pt"

@@ -52,13 +52,16 @@ GAPLESS_TABLE(avx2)
 #ifdef GAPLESS_HAVE_AVX512
 GAPLESS_TABLE(avx512)
 #endif
+#ifdef GAPLESS_HAVE_AVX512_BF16
+GAPLESS_TABLE(avx512_bf16)
+#endif
 #ifdef GAPLESS_HAVE_AMX
 GAPLESS_TABLE(amx)
 #endif
 
 namespace {
 
-enum Level { kBaseline, kAvx2, kAvx512, kAmx };
+enum Level { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 /// Tile registers exist, and the kernel lets this process use them (it wants to be asked, once).
 bool amx_usable() {
@@ -83,7 +86,8 @@ Level machine_level() {
                             __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"));
     const bool avx2 = has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("bmi2"),
                           __builtin_cpu_supports("fma"), __builtin_cpu_supports("f16c"));
-    if (avx512 && avx2) return amx_usable() ? kAmx : kAvx512;
+    if (avx512 && avx2 && amx_usable()) return kAmx;
+    if (avx512 && avx2) return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
     if (avx2) return kAvx2;
 #endif
     return kBaseline;
@@ -103,9 +107,9 @@ Level capped(Level level) {
         }
         if (std::strcmp(variable, "GAPLESS_ISA") == 0)
             throw std::runtime_error(std::string("GAPLESS_ISA is \"") + value +
-                                     "\": it has to be baseline, avx2, avx512 or amx");
+                                     "\": it has to be baseline, avx2, avx512, avx512_bf16 or amx");
     };
-    cap("GAPLESS_ISA", {"baseline", "avx2", "avx512", "amx"});
+    cap("GAPLESS_ISA", {"baseline", "avx2", "avx512", "avx512_bf16", "amx"});
     cap("ATEN_CPU_CAPABILITY", {"default", "avx2", "avx512"});
     return level;
 }
@@ -119,6 +123,9 @@ struct Table {
 constexpr Table kTables[] = {
 #ifdef GAPLESS_HAVE_AMX
     {kAmx, amx::table},
+#endif
+#ifdef GAPLESS_HAVE_AVX512_BF16
+    {kAvx512Bf16, avx512_bf16::table},
 #endif
 #ifdef GAPLESS_HAVE_AVX512
     {kAvx512, avx512::table},

@@ -201,7 +201,7 @@ class VectorOuter {
     int64_t count;
 };
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 class TileOuter {
   public:
     using Element = bf16;
@@ -240,7 +240,7 @@ class TileOuter {
 
 template <class F>
 GAPLESS_INLINE void by_outer(DType dtype, const F& f) {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
     if (dtype == DType::kBFloat16) return f.template operator()<TileOuter>();
 #endif
     by_dtype(dtype, [&]<class E>() { f.template operator()<VectorOuter<E>>(); });

@@ -53,8 +53,8 @@ struct Kernels {
     void (*softmax_gradient)(const CrossEntropyParams&, int64_t begin, int64_t end);
 };
 
-/// The best table that this machine can run, not above GAPLESS_ISA (baseline, avx2, avx512, amx) or torch's
-/// own ATEN_CPU_CAPABILITY (default, avx2, avx512) where the environment sets them. Chosen once.
+/// The best table that this machine can run, not above GAPLESS_ISA (baseline, avx2, avx512, avx512_bf16, amx)
+/// or torch's own ATEN_CPU_CAPABILITY (default, avx2, avx512) where the environment sets them. Chosen once.
 const Kernels& kernels();
 
 }  // namespace gapless::cpu

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "csrc/common/expert_params.h"
-#include "csrc/cpu/amx_tiles.h"
+#include "csrc/cpu/bf16_tiles.h"
 #include "csrc/cpu/gemm_tiles.h"
 
 namespace gapless::cpu::GAPLESS_ISA {
@@ -49,16 +49,37 @@ struct Panel {
     int64_t width, count;
 };
 
-/// C[output][lane] of a few tokens: here the outputs are in the lanes, so that none is empty. The sums are
-/// those of gemm().
-template <class E, int kTokens>
-class FewTokens {
+/// What FewTokens takes for one term of a sum: a value, widened.
+template <class E>
+struct WideTerm {
+    using Element = E;
     using T = typename Compute<E>::type;
+    using Cell = T;  // of a panel
+    static constexpr int kValues = 1;
+    static GAPLESS_INLINE Vec<T> load(const E* row) { return load_wide(row); }
+    static GAPLESS_INLINE Vec<T> load(const E* row, int64_t at, int64_t width) {
+        return load_row(row, at, width);
+    }
+    /// Of `count` values that lie side by side.
+    static GAPLESS_INLINE Vec<T> side_by_side(const E* const* values, int64_t count) {
+        return load_row(values[0], 0, count);
+    }
+    static GAPLESS_INLINE Vec<T> add(Vec<T> sum, Vec<T> x, Cell y) { return sum + x * splat(y); }
+};
+
+/// C[output][lane] of a few tokens: here the outputs are in the lanes, so that none is empty. The sums are
+/// those of the product for many.
+template <class Term, int kTokens>
+class FewTokens {
+    using E = typename Term::Element;
+    using T = typename Term::T;
+    using Cell = typename Term::Cell;
     static constexpr int n = kLanes<T>;
+    static constexpr int64_t kSquare = n * Term::kValues;
 
   public:
     FewTokens(const Matrix<E>& w, const Panel& x)
-        : w(w), panel(static_cast<const T*>(x.data)), width(x.width) {}
+        : w(w), panel(static_cast<const Cell*>(x.data)), width(x.width) {}
 
     /// after: the rows that come next.
     void multiply(int64_t run, T* c, bool add, const E* after) const {
@@ -74,8 +95,8 @@ class FewTokens {
                 Vec<T> part[kTokens] = {};
                 int64_t k = begin;
                 if (count == n && w.term == 1)
-                    for (; k + n <= end; k += n) add_square(rows, next, k, part);
-                for (; k < end; k += n) add_rest(rows, count, k, least(n, end - k), part);
+                    for (; k + kSquare <= end; k += kSquare) add_square(rows, next, k, part);
+                for (; k < end; k += kSquare) add_rest(rows, count, k, least(kSquare, end - k), part);
                 for (int t = 0; t < kTokens; ++t) sum[t] = begin || add ? part[t] + sum[t] : part[t];
             }
             for (int t = 0; t < kTokens; ++t)
@@ -85,7 +106,7 @@ class FewTokens {
 
   private:
     const Matrix<E>& w;
-    const T* const panel;
+    const Cell* const panel;
     const int64_t width;
 
     GAPLESS_INLINE void add_square(const E* rows, const E* next, int64_t k, Vec<T>* part) const {
@@ -95,36 +116,64 @@ class FewTokens {
         Vec<T> x[n];
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) {
-            x[i] = load_wide(rows + i * w.output + k);
+            x[i] = Term::load(rows + i * w.output + k);
             Ahead::touch(reinterpret_cast<const char*>(later + i * w.output));
         }
         transpose<T>(x);
 #pragma GCC unroll 16
-        for (int j = 0; j < n; ++j) add_term(x[j], k + j, part);
+        for (int j = 0; j < n; ++j) add_term(x[j], k / Term::kValues + j, part);
     }
 
-    /// Terms [k, k + terms), of fewer rows, or of rows that lie otherwise.
-    void add_rest(const E* rows, int64_t count, int64_t k, int64_t terms, Vec<T>* part) const {
+    /// Values [k, k + values), of fewer rows, or of rows that lie otherwise.
+    void add_rest(const E* rows, int64_t count, int64_t k, int64_t values, Vec<T>* part) const {
+        const int64_t terms = (values + Term::kValues - 1) / Term::kValues;
         Vec<T> x[n] = {};
         if (w.term == 1) {
-            for (int i = 0; i < count; ++i) x[i] = load_row(rows + i * w.output, k, k + terms);
+            for (int i = 0; i < count; ++i) x[i] = Term::load(rows + i * w.output, k, k + values);
             transpose<T>(x);
         } else {
-            for (int j = 0; j < terms; ++j) {
-                const E* from = rows + (k + j) * w.term;
-                if (w.output == 1) x[j] = load_row(from, 0, count);
-                for (int i = 0; w.output != 1 && i < count; ++i)
-                    x[j][i] = load_row(from + i * w.output, 0, 1)[0];
-            }
+            for (int j = 0; j < terms; ++j) x[j] = gather(rows, count, k + j * Term::kValues, k + values);
         }
-        for (int j = 0; j < terms; ++j) add_term(x[j], k + j, part);
+        for (int j = 0; j < terms; ++j) add_term(x[j], k / Term::kValues + j, part);
+    }
+
+    /// The term at k of `count` outputs.
+    Vec<T> gather(const E* rows, int64_t count, int64_t k, int64_t end) const {
+        E gathered[Term::kValues][n];
+        const E* values[Term::kValues] = {};
+        for (int v = 0; v < Term::kValues && k + v < end; ++v) {
+            values[v] = rows + (k + v) * w.term;
+            if (w.output == 1) continue;
+            for (int64_t i = 0; i < count; ++i) gathered[v][i] = values[v][i * w.output];
+            values[v] = gathered[v];
+        }
+        return Term::side_by_side(values, count);
     }
 
     GAPLESS_INLINE void add_term(Vec<T> x, int64_t k, Vec<T>* part) const {
 #pragma GCC unroll 16
-        for (int t = 0; t < kTokens; ++t) part[t] += x * splat(panel[k * width + t]);
+        for (int t = 0; t < kTokens; ++t) part[t] = Term::add(part[t], x, panel[k * width + t]);
     }
 };
+
+constexpr int64_t kMostFew = 12;
+/// c of a panel [output][token] = or += W times it. No more tokens than a panel of the narrowest vectors, two
+/// lanes, is wide.
+template <class Term>
+void multiply_few(const Matrix<typename Term::Element>& w, const Panel& x, int64_t run, typename Term::T* c,
+                  bool add, const typename Term::Element* after) {
+    const auto by = [&]<int kTokens>() {
+        FewTokens<Term, kTokens>(w, x).multiply(run, c, add, after ? after : w.data);
+    };
+    if (x.count <= 1) return by.template operator()<1>();
+    if (x.count <= 2) return by.template operator()<2>();
+    if (x.count <= 3) return by.template operator()<3>();
+    if (x.count <= 4) return by.template operator()<4>();
+    if (x.count <= 6) return by.template operator()<6>();
+    if (x.count <= 8) return by.template operator()<8>();
+    if (x.count <= 10) return by.template operator()<10>();
+    return by.template operator()<kMostFew>();
+}
 
 /// Sums of no terms.
 template <class Panels, class T>
@@ -140,8 +189,8 @@ class VectorLinear {
     using Element = E;
     using T = typename Compute<E>::type;
     using Registers = NoTiles;
-    static constexpr int64_t kStrip = kMaxVecs * kLanes<T>;     // lanes whose terms of a run stay in L1
-    static constexpr int64_t kFew = kStrip < 12 ? kStrip : 12;  // of one strip
+    static constexpr int64_t kStrip = kMaxVecs * kLanes<T>;  // lanes whose terms of a run stay in L1
+    static constexpr int64_t kFew = kStrip < kMostFew ? kStrip : kMostFew;  // of one strip
 
     static int64_t width(int64_t count) { return padded<T>(count); }
     static int64_t panel_bytes(int64_t terms, int64_t width) { return terms * width * sizeof(T); }
@@ -176,7 +225,7 @@ class VectorLinear {
     template <class Panels>
     void multiply(const Matrix<E>& w, const Panels& panels, T* c, bool add, const E* after) {
         if (w.terms == 0 && !add) return clear(w.outputs, panels, c);
-        if (panels.few()) return multiply_few(w, panels[0], c, add, after);
+        if (panels.few()) return multiply_few<WideTerm<E>>(w, panels[0], kRun, c, add, after);
         for (int64_t k = 0; k < w.terms; k += kRun) {
             const int64_t run = least(kRun, w.terms - k);
             const Gemm<T> packed = pack(w, k, run);
@@ -215,24 +264,9 @@ class VectorLinear {
         }
         return g;
     }
-
-    /// No more tokens than a panel of the narrowest vectors, two lanes, is wide.
-    static void multiply_few(const Matrix<E>& w, const Panel& x, T* c, bool add, const E* after) {
-        const auto by = [&]<int kTokens>() {
-            FewTokens<E, kTokens>(w, x).multiply(kRun, c, add, after ? after : w.data);
-        };
-        if (x.count <= 1) return by.template operator()<1>();
-        if (x.count <= 2) return by.template operator()<2>();
-        if (x.count <= 3) return by.template operator()<3>();
-        if (x.count <= 4) return by.template operator()<4>();
-        if (x.count <= 6) return by.template operator()<6>();
-        if (x.count <= 8) return by.template operator()<8>();
-        if (x.count <= 10) return by.template operator()<10>();
-        return by.template operator()<12>();
-    }
 };
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 /// Two rows of values, rounded to nearest, as pairs.
 GAPLESS_INLINE __m512i nearest_pairs(Vec<float> even, Vec<float> odd) {
     const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
@@ -240,13 +274,33 @@ GAPLESS_INLINE __m512i nearest_pairs(Vec<float> even, Vec<float> odd) {
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-/// Products of bfloat16 on tile registers.
+/// Two values of bfloat16, as they are.
+struct PairTerm {
+    using Element = bf16;
+    using T = float;
+    using Cell = uint32_t;
+    static constexpr int kValues = 2;
+    static GAPLESS_INLINE Vec<float> load(const bf16* row) {
+        return gapless::cpu::GAPLESS_ISA::load(reinterpret_cast<const float*>(row));
+    }
+    static GAPLESS_INLINE Vec<float> load(const bf16* row, int64_t at, int64_t width) {
+        return (Vec<float>)load_pairs(row, at, width);
+    }
+    static GAPLESS_INLINE Vec<float> side_by_side(const bf16* const* values, int64_t count) {
+        return (Vec<float>)pair_rows(values[0], values[1], 0, count);
+    }
+    static GAPLESS_INLINE Vec<float> add(Vec<float> sum, Vec<float> x, uint32_t y) {
+        return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)_mm512_set1_epi32(int(y)));
+    }
+};
+
+/// Products of bfloat16 by its own instructions.
 class TileLinear {
   public:
     using Element = bf16;
     using T = float;
     using Registers = Tiles;
-    static constexpr int64_t kStrip = 64, kFew = 0;
+    static constexpr int64_t kStrip = 64, kFew = kFewLanes;
 
     static int64_t width(int64_t count) { return round_up(count, kTile); }
     static int64_t panel_bytes(int64_t terms, int64_t width) {
@@ -276,13 +330,16 @@ class TileLinear {
         std::memset(static_cast<uint32_t*>(to.data) + from * to.width, 0,
                     (end - from) * to.width * sizeof(uint32_t));
     }
-    static int64_t steps(int64_t products) { return tile_steps(products); }
+    static int64_t steps(int64_t products) { return products / kStepProducts; }
 
     /// c of each panel [output][lane] = or += W times the panel. Whole tiles are read where they are; nothing
     /// outside of the matrix is touched.
     template <class Panels>
-    void multiply(const Matrix<bf16>& w, const Panels& panels, float* c, bool add, const bf16* /*after*/) {
+    void multiply(const Matrix<bf16>& w, const Panels& panels, float* c, bool add,
+                  [[maybe_unused]] const bf16* after) {
         if (w.terms == 0 && !add) return clear(w.outputs, panels, c);
+        if constexpr (kFew > 0)
+            if (panels.few()) return multiply_few<PairTerm>(w, panels[0], kRun, c, add, after);
         const int64_t outputs = round_up(w.outputs, kTile);
         TileProduct p{w.data, w.output, nullptr, 0, nullptr, 0, outputs, 0, 0, add, &ahead};
         const auto run = [&](int64_t k, int64_t s) {
@@ -340,7 +397,7 @@ class TileLinear {
 /// Calls f.operator()<Linear>() with the products of dtype.
 template <class F>
 GAPLESS_INLINE void by_linear(DType dtype, const F& f) {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
     if (dtype == DType::kBFloat16) return f.template operator()<TileLinear>();
 #endif
     by_dtype(dtype, [&]<class E>() { f.template operator()<VectorLinear<E>>(); });

@@ -3,7 +3,7 @@
 // the rows; and the layout in which they read keys and values.
 #pragma once
 
-#include "csrc/cpu/amx_tiles.h"
+#include "csrc/cpu/bf16_tiles.h"
 #include "csrc/cpu/gemm_tiles.h"
 #include "csrc/cpu/key_walk.h"
 #include "csrc/cpu/scores.h"
@@ -156,9 +156,9 @@ class VectorProducts {
     const T *keys, *values;  // [keys][dim], [keys][dim_v]
 };
 
-#if defined(__AMX_BF16__)
-/// Products of bfloat16 on tile registers, so segments are of 32 keys and two vectors, padded if need be; the
-/// exponentials, rounded to bfloat16, are pairs of keys.
+#if defined(__AVX512BF16__)
+/// Products of bfloat16 by its own instructions, so segments are of 32 keys and two vectors, padded if need
+/// be; the exponentials, rounded to bfloat16, are pairs of keys.
 class TileProducts {
   public:
     using T = float;
@@ -195,7 +195,7 @@ class TileProducts {
     }
     void expect(int64_t, int64_t) const {}  // tile loads run through whole rows, which the hardware foresees
 
-    static int64_t steps(int64_t products) { return tile_steps(products); }
+    static int64_t steps(int64_t products) { return products / kStepProducts; }
 
     void pack_queries(const bf16* const* rows, int64_t count, void* panel, int64_t width) const {
         pack_lanes(rows, count, p.dim, static_cast<uint32_t*>(panel), width);
@@ -285,7 +285,7 @@ class TileProducts {
 /// Calls f.operator()<E, Products>() with the types of dtype.
 template <class F>
 GAPLESS_INLINE void by_products(DType dtype, const F& f) {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
     if (dtype == DType::kBFloat16) return f.template operator()<bf16, TileProducts>();
 #endif
     by_dtype(dtype, [&]<class E>() { f.template operator()<E, VectorProducts<E>>(); });

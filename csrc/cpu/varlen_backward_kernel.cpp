@@ -4,7 +4,7 @@
 // stay in this thread's scratch; dq is summed over the tiles of a sequence in a fixed order, each block of
 // rows being handed from tile to tile. Blocks are walked from the last to the first: then a tile is always
 // one block behind the one before it, whatever the mask cuts off.
-#include "csrc/cpu/amx_tiles.h"
+#include "csrc/cpu/bf16_tiles.h"
 #include "csrc/cpu/gemm_tiles.h"
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/key_walk.h"
@@ -169,9 +169,9 @@ class VectorGradients {
     T *k, *v, *dk, *dv, *query_panel, *dout_panel, *query_rows, *dout_rows, *probabilities, *dscores;
 };
 
-#if defined(__AMX_BF16__)
-/// The five products of bfloat16 on tile registers: whole blocks of rows and steps of keys, padded with
-/// zeros.
+#if defined(__AVX512BF16__)
+/// The five products of bfloat16 by its own instructions: whole blocks of rows and steps of keys, padded
+/// with zeros.
 class TileGradients {
   public:
     using T = float;
@@ -535,7 +535,7 @@ class Backward {
 /// Calls f.operator()<Backward>() with the class for the dtype and lists.
 template <class F>
 void by_gradients(const VarlenParams& p, const F& f) {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
     // Tiles of 32 keys hold whole blocks, or none of the listed ones could do without its neighbour.
     if (p.dtype == DType::kBFloat16 && (!p.blocks || p.blocks->block_k >= kTileDepth))
         return f.template operator()<Backward<bf16, TileGradients>>();
