@@ -2,6 +2,7 @@
 // Products of bfloat16 on vectors of pairs: each instruction adds two terms to every lane's float sum.
 #pragma once
 
+#include "csrc/cpu/register_blocks.h"
 #include "csrc/cpu/tile_product.h"
 
 namespace gapless::cpu::GAPLESS_ISA {
@@ -44,34 +45,21 @@ GAPLESS_INLINE void dot_block(const TileProduct& p, int64_t m, int64_t n, const 
 }
 
 constexpr int64_t kFewLanes = 12;  // of which another way is better, as most of a vector would be empty
-constexpr int64_t kDotRows = 6;    // 24 accumulators
-constexpr int64_t kStepProducts = kDotRows * 4 * kTile * 2;  // made while one line ahead is asked for
+/// Products made while one line ahead is asked for.
+constexpr int64_t kStepProducts = kRegisterRows[kMaxVecs] * kMaxVecs * kTile * 2;
 
-template <int kRows, int kVecs>
+template <int kVecs>
 void dot_column(const TileProduct& p, int64_t n) {
-    int64_t m = 0;
-    const auto block = [&]<int kBlock>() __attribute__((always_inline)) {
+    in_rows<kVecs>(p.rows, [&]<int kRows>(int64_t m) __attribute__((always_inline)) {
         if (const char* const* lines = p.ahead ? p.ahead->take(p.depth / 2) : nullptr)
-            dot_block<kBlock, kVecs, true>(p, m, n, lines);
+            dot_block<kRows, kVecs, true>(p, m, n, lines);
         else
-            dot_block<kBlock, kVecs, false>(p, m, n, nullptr);
-        m += kBlock;
-    };
-    while (p.rows - m >= kRows) block.template operator()<kRows>();
-    if constexpr (kRows > 8)
-        if (p.rows - m >= 8) block.template operator()<8>();
-    if constexpr (kRows > 4)
-        if (p.rows - m >= 4) block.template operator()<4>();
-    if (p.rows - m >= 2) block.template operator()<2>();
-    if (p.rows - m >= 1) block.template operator()<1>();
+            dot_block<kRows, kVecs, false>(p, m, n, nullptr);
+    });
 }
 
 inline void multiply(const TileProduct& p) {
-    int64_t n = 0;
-    for (; p.lanes - n >= 4 * kTile; n += 4 * kTile) dot_column<kDotRows, 4>(p, n);
-    if (p.lanes - n == 3 * kTile) dot_column<8, 3>(p, n);
-    if (p.lanes - n == 2 * kTile) dot_column<12, 2>(p, n);
-    if (p.lanes - n == kTile) dot_column<16, 1>(p, n);
+    in_columns(p.lanes / kTile, [&]<int kVecs>(int64_t vec) { dot_column<kVecs>(p, vec * kTile); });
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "csrc/cpu/ahead.h"
-#include "csrc/cpu/simd.h"
+#include "csrc/cpu/register_blocks.h"
 
 namespace gapless::cpu::GAPLESS_ISA {
 namespace {
@@ -55,39 +55,20 @@ GAPLESS_INLINE void register_block(const Gemm<T>& g, const T* a, const T* b, T* 
         }
 }
 
-template <class T, int kRows, int kVecs, Init kInit>
+template <class T, int kVecs, Init kInit>
 void column(const Gemm<T>& g, int64_t rows, int64_t vec) {
     constexpr int w = kLanes<T>;
     const T* b = g.b + vec * w;
     const T* factor = kInit == Init::kScale ? g.lane_factor + vec * w : nullptr;
-    int64_t m = 0;
-    const auto block = [&]<int kBlock>() __attribute__((always_inline)) {
+    in_rows<kVecs>(rows, [&]<int kRows>(int64_t m) __attribute__((always_inline)) {
         const T* a = g.a + m * g.a_row;
         T* c = g.c + m * g.c_row + vec * w;
         if (const char* const* lines = g.ahead ? g.ahead->take(g.depth) : nullptr)
-            register_block<T, kBlock, kVecs, kInit, true>(g, a, b, c, factor, lines);
+            register_block<T, kRows, kVecs, kInit, true>(g, a, b, c, factor, lines);
         else
-            register_block<T, kBlock, kVecs, kInit, false>(g, a, b, c, factor, nullptr);
-        m += kBlock;
-    };
-    while (rows - m >= kRows) block.template operator()<kRows>();
-    if constexpr (kRows > 8)
-        if (rows - m >= 8) block.template operator()<8>();
-    if constexpr (kRows > 4)
-        if (rows - m >= 4) block.template operator()<4>();
-    if (rows - m >= 2) block.template operator()<2>();
-    if (rows - m >= 1) block.template operator()<1>();
+            register_block<T, kRows, kVecs, kInit, false>(g, a, b, c, factor, nullptr);
+    });
 }
-
-// Accumulators + one row of B + the broadcast have to fit the register file: 32 registers with AVX-512, 16
-// before. Eight rows divide the usual head dims and tiles of keys; a taller block would leave a ragged rest.
-#if defined(__AVX512F__)
-constexpr int kMaxVecs = 4;
-constexpr int kRegisterRows[kMaxVecs + 1] = {0, 16, 12, 8, 6};
-#else
-constexpr int kMaxVecs = 2;
-constexpr int kRegisterRows[kMaxVecs + 1] = {0, 8, 6};
-#endif
 
 /// Steps in which so many products are made, and lines ahead asked for.
 template <class T>
@@ -95,20 +76,10 @@ constexpr int64_t gemm_steps(int64_t products) {
     return products / (kRegisterRows[kMaxVecs] * kMaxVecs * kLanes<T>);
 }
 
-/// C over `rows` x `vecs` vectors. Widths that kMaxVecs does not divide are split as evenly as can be.
+/// C over `rows` x `vecs` vectors.
 template <Init kInit, class T>
 void gemm(const Gemm<T>& g, int64_t rows, int64_t vecs) {
-    for (int64_t vec = 0; vec < vecs;) {
-        const int64_t left = vecs - vec, columns = (left + kMaxVecs - 1) / kMaxVecs;
-        const int64_t width = (left + columns - 1) / columns;
-        if constexpr (kMaxVecs >= 3)
-            if (width == 3) column<T, kRegisterRows[3], 3, kInit>(g, rows, vec);
-        if constexpr (kMaxVecs >= 4)
-            if (width == 4) column<T, kRegisterRows[4], 4, kInit>(g, rows, vec);
-        if (width == 2) column<T, kRegisterRows[2], 2, kInit>(g, rows, vec);
-        if (width == 1) column<T, kRegisterRows[1], 1, kInit>(g, rows, vec);
-        vec += width;
-    }
+    in_columns(vecs, [&]<int kVecs>(int64_t vec) { column<T, kVecs, kInit>(g, rows, vec); });
 }
 
 /// The same with the sum cut into runs of `longest` terms: one long chain of additions would lose bits.
