@@ -394,7 +394,7 @@ ROWS = {
     "float16": {"dtype": torch.float16},
     "bfloat16": {"dtype": torch.bfloat16},
     "no padding": {"block_size": 1},
-    "one choice": {"top_k": 1, "tokens": 40},
+    "one choice": {"top_k": 1},
     "many choices": {"top_k": 16, "tokens": 3},
     "no token": {"tokens": 0},
     "no choice": {"top_k": 0},
